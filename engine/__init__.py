@@ -1,0 +1,1 @@
+"""Rillet's public API."""

@@ -1,0 +1,1 @@
+"""Checkpoints: files on disk, read as named tensors."""

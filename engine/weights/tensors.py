@@ -1,0 +1,85 @@
+"""RawTensor and the table of storage types: what a checkpoint gives and a backend takes. Bytes stay as the file has them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+__all__ = ["STORAGE", "STORAGE_BY_GGUF_ID", "RawTensor", "StorageType", "TensorSource", "to_float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class StorageType:
+    """How weights rest in a file: `block` weights of one row take `bytes` bytes. gguf_id is GGML's number of the type."""
+
+    name: str
+    block: int
+    bytes: int
+    gguf_id: int
+
+    @property
+    def quantized(self) -> bool:
+        return self.block > 1
+
+
+STORAGE: dict[str, StorageType] = {
+    kind.name: StorageType(kind.name, block, size, int(kind)) for kind, (block, size) in GGML_QUANT_SIZES.items()
+}
+STORAGE_BY_GGUF_ID: dict[int, StorageType] = {storage.gguf_id: storage for storage in STORAGE.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """One tensor as its file has it.
+
+    shape is in NumPy order, (rows, columns) for a matrix: y = x W^T. data is flat uint8, usually a view of a mapped
+    file: read it, never write it, and do not keep it after TensorSource.release.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    storage: StorageType
+    data: NDArray[np.uint8]
+    file: str
+
+    @property
+    def rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    @property
+    def row_bytes(self) -> int:
+        return self.shape[-1] // self.storage.block * self.storage.bytes
+
+
+class TensorSource(Protocol):
+    """Canonical name -> tensor (names in ModelSpec's docstring)."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def tensor(self, name: str) -> RawTensor:
+        """The tensor; KeyError if the checkpoint has no such canonical name."""
+        ...
+
+    def release(self, name: str) -> None:
+        """The bytes of `name` are no longer needed: its file pages may leave memory."""
+        ...
+
+
+def to_float32(tensor: RawTensor) -> NDArray[np.float32]:
+    """Every weight of `tensor` as float32, in its shape; exact for every storage type (gguf's reference dequantization)."""
+    rows = tensor.data.reshape(tensor.rows, tensor.row_bytes)
+    match tensor.storage.name:
+        case "F32":
+            values = rows.view(np.float32)
+        case "F16":
+            values = rows.view(np.float16)
+        case "BF16":
+            values = (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        case _:
+            values = dequantize(rows, GGMLQuantizationType(tensor.storage.gguf_id))
+    return values.astype(np.float32, copy=False).reshape(tensor.shape)

@@ -1,0 +1,1 @@
+"""The OpenAI server: a Quart ASGI app over engine's public API."""
