@@ -1,1 +1,70 @@
-"""Rillet's public API."""
+"""Rillet: an async streaming LLM engine without PyTorch. This is the whole public API.
+
+    from engine import Engine, EngineConfig, Message, SamplingParams
+"""
+
+from engine.api import Embedding, Engine, Prompt
+from engine.config import EngineConfig, Flag, parse_environment, parse_flags
+from engine.errors import (
+    BackendError,
+    BadModelFile,
+    ConfigError,
+    ContextTooLong,
+    DeviceUnavailable,
+    EngineClosed,
+    InvalidRequest,
+    ModelError,
+    ModelNotFound,
+    OutOfDeviceMemory,
+    Overloaded,
+    RequestError,
+    RilletError,
+    StepFailed,
+    UnknownModel,
+    UnsupportedModel,
+)
+from engine.metrics import Histogram, Metrics, Statistics
+from engine.sampling import SamplingParams
+from engine.sequence import Logprob, TokenLogprobs
+from engine.stream import Choice, Delta, Result, Stream, Usage
+from engine.text.messages import Message
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendError",
+    "BadModelFile",
+    "Choice",
+    "ConfigError",
+    "ContextTooLong",
+    "Delta",
+    "DeviceUnavailable",
+    "Embedding",
+    "Engine",
+    "EngineClosed",
+    "EngineConfig",
+    "Flag",
+    "Histogram",
+    "InvalidRequest",
+    "Logprob",
+    "Message",
+    "Metrics",
+    "ModelError",
+    "ModelNotFound",
+    "OutOfDeviceMemory",
+    "Overloaded",
+    "Prompt",
+    "RequestError",
+    "Result",
+    "RilletError",
+    "SamplingParams",
+    "Statistics",
+    "StepFailed",
+    "Stream",
+    "TokenLogprobs",
+    "UnknownModel",
+    "UnsupportedModel",
+    "Usage",
+    "__version__",
+    "parse_environment",
+    "parse_flags",
+]

@@ -36,8 +36,8 @@ Progress = Callable[[str, int, int], None]
 class BackendInfo:
     """Facts of a backend, fixed from its creation.
 
-    supports: words such as "batch_invariant", "logprobs", "hidden", "grammar", "fp8_kvcache"; what is not there is refused
-    at load or admission.
+    supports: words such as "batch_invariant", "logprobs", "hidden", "grammar", "fp8_kvcache"; what is not there is
+    refused at load or admission.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Backend(Protocol):
         ...
 
     def submit(self, step: StepInput) -> Ticket:
-        """Queue a step and return at once; at most two tickets are open. The arrays are copied or never changed again."""
+        """Queue a step and return at once; at most two tickets are open. The core never changes the arrays again."""
         ...
 
     def wait(self, ticket: Ticket) -> StepOutput:
@@ -123,7 +123,7 @@ def create_backend(name: str = "auto") -> Backend:
         points = entry_points(group=GROUP, name=candidate)
         if not points:
             known = ", ".join(installed) or "none"
-            raise DeviceUnavailable(f"no backend named {candidate!r} is installed (installed: {known}): choose one of them")
+            raise DeviceUnavailable(f"no backend named {candidate!r} is installed: choose one of {known}")
         try:
             factory = cast(Callable[[], Backend], next(iter(points)).load())
             return factory()

@@ -49,8 +49,8 @@ class StepInput:
     """One forward pass over a flat list of tokens.
 
     A token >= 0 is an id; `-1 - s` means "what was drawn at place s of the ticket just before". slots = page x
-    page_tokens + offset. Row b owns tokens row_starts[b] : row_starts[b + 1] and sees kv_lengths[b] tokens of context, this
-    step's included. history, bias and grammar are None when no place has any. Off: temperature 0, top_k 0, top_p 1,
+    page_tokens + offset. Row b owns tokens row_starts[b] : row_starts[b + 1] and sees kv_lengths[b] tokens of context,
+    this step's included. history, bias and grammar are None when no place has any. Off: temperature 0, top_k 0, top_p 1,
     min_p 0, repetition 1, frequency 0, presence 0.
     """
 
@@ -76,9 +76,9 @@ class StepInput:
     top_count: IntArray       # (S,) alternatives wanted beside it; -1: no logprob is wanted at all
     history: History | None = None
     bias: Bias | None = None
-    mask_at: IntArray = field(default_factory=lambda: _ints(0))                       # (G,) indices into S
-    grammar_masks: UintArray = field(default_factory=lambda: np.zeros((0, 0), np.uint32))  # (G, ceil(V / 32)) bit = allowed
-    hidden_at: IntArray = field(default_factory=lambda: _ints(0))                     # (H,) indices into T
+    mask_at: IntArray = field(default_factory=lambda: _ints(0))             # (G,) indices into S
+    grammar_masks: UintArray = field(default_factory=lambda: np.zeros((0, 0), np.uint32))  # (G, ceil(V / 32)) 1: allowed
+    hidden_at: IntArray = field(default_factory=lambda: _ints(0))           # (H,) indices into T
 
     @property
     def token_count(self) -> int:
@@ -97,8 +97,8 @@ class StepInput:
 class StepOutput:
     """What a step drew. Logprobs are of the raw model (before penalties, bias, mask and temperature), natural log.
 
-    logprobs[s] is of score[s] (the drawn token where score[s] is -1) and is NaN where top_count[s] is -1. Rows of top_ids
-    and top_logprobs are sorted, best first, ties to the lowest id; entries past top_count[s] are -1 and -inf.
+    logprobs[s] is of score[s] (the drawn token where score[s] is -1) and is NaN where top_count[s] is -1. Rows of
+    top_ids and top_logprobs are sorted, best first, ties to the lowest id; entries past top_count[s] are -1 and -inf.
     """
 
     tokens: IntArray          # (S,)

@@ -1,4 +1,4 @@
-"""RawTensor and the table of storage types: what a checkpoint gives and a backend takes. Bytes stay as the file has them."""
+"""RawTensor and the table of storage types: what a checkpoint gives and a backend takes, bytes as the file has them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ __all__ = ["STORAGE", "STORAGE_BY_GGUF_ID", "RawTensor", "StorageType", "TensorS
 
 @dataclass(frozen=True, slots=True)
 class StorageType:
-    """How weights rest in a file: `block` weights of one row take `bytes` bytes. gguf_id is GGML's number of the type."""
+    """How weights rest in a file: `block` weights of a row take `bytes` bytes. gguf_id is GGML's number of the type."""
 
     name: str
     block: int
@@ -71,7 +71,7 @@ class TensorSource(Protocol):
 
 
 def to_float32(tensor: RawTensor) -> NDArray[np.float32]:
-    """Every weight of `tensor` as float32, in its shape; exact for every storage type (gguf's reference dequantization)."""
+    """Every weight of `tensor` as float32, in its shape, exactly as gguf's reference dequantization has it."""
     rows = tensor.data.reshape(tensor.rows, tensor.row_bytes)
     match tensor.storage.name:
         case "F32":

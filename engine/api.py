@@ -1,0 +1,450 @@
+"""Engine: the async facade. `stream` refuses before anything flows, `generate` reads to the end, leaving the block closes.
+
+Everything here runs on one event loop, asyncio or trio. Text work that may take long runs on worker threads; the device is
+driven by engine.core.
+"""
+
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from itertools import count
+from random import Random
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import numpy as np
+
+from engine.backend import Backend, LoadOptions, Progress, create_backend
+from engine.config import EngineConfig, read_chat_template
+from engine.core import Core, DeviceThread, loop_caller
+from engine.errors import (
+    ConfigError,
+    ContextTooLong,
+    EngineClosed,
+    InvalidRequest,
+    UnknownModel,
+    UnsupportedModel,
+)
+from engine.metrics import Metrics, Statistics
+from engine.model.spec import ModelSpec
+from engine.pages import PagePool
+from engine.sampling import SamplingParams, merge
+from engine.scheduler import Limits, Scheduler
+from engine.sequence import Request, Sequence
+from engine.step import FloatArray
+from engine.stream import Result, Stream
+from engine.text.detokenizer import Detokenizer
+from engine.text.messages import Message, plain_messages
+from engine.text.template import ChatTemplate
+from engine.text.tokenizer import Tokenizer
+from engine.weights.checkpoint import Checkpoint, open_checkpoint
+from engine.weights.hub import resolve_model
+
+__all__ = ["Embedding", "Engine", "Prompt"]
+
+log = logging.getLogger("rillet")
+T = TypeVar("T")
+Prompt = str | Items[int] | Items[Message | Mapping[str, Any]]
+"""A text (used as it is), token ids, or messages (put through the chat template)."""
+SHORT_TEXT = 2048                                        # characters that are tokenized at once, without a worker thread
+DECODING_SHARE = 8                                       # a step that also decodes takes 1 / 8 of its tokens from prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """One prompt's state after the last norm, (hidden_size,) float32: the mean over its tokens, or its last token's."""
+
+    vector: FloatArray
+    prompt_tokens: int
+
+
+class _Running:
+    """What exists only while an engine runs: made whole by Engine.__aenter__, or not at all."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, backend: Backend, device: DeviceThread, scheduler: Scheduler, core: Core,
+        template: ChatTemplate | None, context_length: int, on_loop: Callable[[Callable[[], object]], object],
+    ) -> None:  # fmt: skip
+        self.checkpoint = checkpoint
+        self.backend = backend
+        self.device = device
+        self.scheduler = scheduler
+        self.core = core
+        self.template = template
+        self.context_length = context_length
+        self.on_loop = on_loop
+        self.longest_piece = max(1, *map(len, checkpoint.tokenizer.pieces))
+
+
+class Engine:
+    """One model on one backend.
+
+        async with Engine(EngineConfig(weight_file="model.gguf")) as engine:
+            stream = await engine.stream("Once upon a time", temperature=0.7)
+            async for delta in stream:
+                print(delta.text, end="")
+
+    `progress` is called while loading, from the device thread. `backend` and `checkpoint` are used instead of what the config
+    names (tests, benchmarks, own backends).
+    """
+
+    def __init__(
+        self, config: EngineConfig | None = None, *, progress: Progress | None = None, backend: Backend | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:  # fmt: skip
+        self.config = config or EngineConfig()
+        self.metrics = Metrics()
+        self._progress = progress or (lambda what, done, total: None)
+        self._given_backend = backend
+        self._given_checkpoint = checkpoint
+        self._numbers = count(1)
+        self._random = Random(self.config.seed) if self.config.seed is not None else None  # noqa: S311 (no secret)
+        self._running: _Running | None = None
+        self._group: anyio.abc.TaskGroup | None = None
+
+    # ---- opening and closing --------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> "Engine":
+        if self._running is not None:
+            raise EngineClosed("this engine was opened already: make a new Engine")
+        config = self.config
+        device = DeviceThread()
+        backend = self._given_backend
+        try:
+            checkpoint = self._given_checkpoint
+            if checkpoint is None:
+                checkpoint = await anyio.to_thread.run_sync(self._open_checkpoint)
+            override = await anyio.to_thread.run_sync(read_chat_template, config)
+            template = _template(checkpoint, override)
+            if backend is None:
+                backend = await device.call(create_backend, config.backend)
+            self._running = await self._load(device, backend, checkpoint, template)
+        except BaseException:
+            if backend is not None:
+                device.stop_after(backend.close)
+            else:
+                device.stop()
+            raise
+        self._group = anyio.create_task_group()
+        await self._group.__aenter__()
+        self._group.start_soon(self._running.core.run, name="rillet-core")
+        return self
+
+    def _open_checkpoint(self) -> Checkpoint:
+        c = self.config
+        return open_checkpoint(resolve_model(c.model_id, c.weight_path, c.weight_file, c.hf_token, c.revision))
+
+    async def _load(
+        self, device: DeviceThread, backend: Backend, checkpoint: Checkpoint, template: ChatTemplate | None
+    ) -> _Running:
+        config, info, spec = self.config, backend.info, checkpoint.spec
+        if config.fp8_kvcache and "fp8_kvcache" not in info.supports:
+            raise ConfigError(f"the {info.name} backend has no 8-bit KV cache: leave --fp8-kvcache away")
+        context_length = _context_length(config, spec)
+        max_num_seqs = config.max_num_seqs or info.max_num_seqs
+        max_batch_tokens = config.max_batch_tokens or info.max_batch_tokens
+        if max_num_seqs > min(info.max_places, max_batch_tokens):
+            raise ConfigError(
+                f"max_num_seqs is {max_num_seqs}, but a step of the {info.name} backend has at most "
+                f"{min(info.max_places, max_batch_tokens)} rows: lower --max-num-seqs or raise --max-batch-tokens"
+            )
+        if max_batch_tokens > info.max_batch_tokens:
+            raise ConfigError(f"max_batch_tokens is {max_batch_tokens}, {info.name} takes at most {info.max_batch_tokens}")
+        options = LoadOptions(
+            dtype=config.dtype, threads=config.threads, device_ids=config.device_ids, kv_fraction=config.kv_fraction,
+            fp8_kvcache=config.fp8_kvcache, context_length=context_length, max_num_seqs=max_num_seqs,
+        )  # fmt: skip
+        await device.call(backend.load, spec, checkpoint.tensors, options, self._progress)
+        if checkpoint is not self._given_checkpoint:
+            checkpoint.close()                            # the backend has its weights
+        pages = await device.call(backend.allocate_cache, config.kv_bytes)
+        pool_tokens = pages * info.page_tokens
+        if pool_tokens < context_length and config.max_model_len is not None:
+            log.warning("the KV cache holds %d tokens, less than the context length of %d", pool_tokens, context_length)
+        context_length = min(context_length, pool_tokens)
+        limits = Limits(
+            max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens, max_places=info.max_places,
+            context_length=context_length, beside_decoding=max(info.page_tokens, max_batch_tokens // DECODING_SHARE),
+        )  # fmt: skip
+        scheduler = Scheduler(PagePool(pages, info.page_tokens), limits)
+        core = Core(backend, device, scheduler, self.metrics, config.max_waiting)
+        return _Running(checkpoint, backend, device, scheduler, core, template, context_length, loop_caller())
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+        assert self._group is not None
+        await self._group.__aexit__(None, None, None)
+
+    async def drain(self, deadline_s: float = 30.0) -> None:
+        """Refuse what is new, wait until the rest has ended; what has not after deadline_s ends with "abort"."""
+        await self._core.drain(deadline_s)
+
+    async def close(self) -> None:
+        """End every stream, stop the loop, free the device; idempotent. Streams end with finish_reason "abort"."""
+        running = self._running
+        if running is None or self._group is None or self._group.cancel_scope.cancel_called:
+            return
+        with anyio.CancelScope(shield=True):
+            await running.core.drain(0)
+            self._group.cancel_scope.cancel()
+            await running.device.call(running.backend.close)
+            running.device.stop()
+
+    @property
+    def _live(self) -> _Running:
+        if self._running is None:
+            raise EngineClosed("the engine is not open: use `async with Engine(...) as engine:`")
+        return self._running
+
+    @property
+    def _core(self) -> Core:
+        return self._live.core
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the engine is dead, or None."""
+        return self._running.core.failure if self._running is not None else None
+
+    # ---- asking ---------------------------------------------------------------------------------------------------
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None, **keywords: Any) -> Stream:
+        """Admit a request. Everything that can be refused is refused here: InvalidRequest, ContextTooLong, Overloaded,
+        EngineClosed. Sampling parameters are given as SamplingParams, as plain keywords, or both (keywords win); for
+        messages, `template_arguments` (a dict) and `tools` (a list) reach the chat template."""
+        running = self._live
+        running.core.check_open()
+        arguments = keywords.pop("template_arguments", None) or {}
+        tools = keywords.pop("tools", None)
+        wishes = self._resolve(merge(params, keywords))
+        running.core.check_room(wishes.n)
+        tokens = await self._tokens(prompt, tools, arguments)
+        return self._admit(tokens, wishes, pooling=None)
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **keywords: Any) -> Result:
+        """Like stream, read to the end."""
+        return await (await self.stream(prompt, params, **keywords)).collect()
+
+    async def embed(self, prompt: Prompt, *, pooling: Literal["mean", "last"] = "mean") -> Embedding:
+        """The prompt's state after the last norm, pooled over its tokens."""
+        running = self._live
+        running.core.check_open()
+        if pooling not in ("mean", "last"):
+            raise InvalidRequest(f"pooling must be mean or last, not {pooling!r}", field="pooling")
+        if "hidden" not in running.backend.info.supports:
+            raise InvalidRequest(f"the {running.backend.info.name} backend gives no states", field="pooling")
+        wishes = self._resolve(SamplingParams(max_tokens=0))
+        stream = self._admit(await self._tokens(prompt, None, {}), wishes, pooling=pooling)
+        await stream.collect()
+        pooled = stream.request.pooled
+        if pooled is None:
+            raise EngineClosed("the engine closed before the prompt was done")
+        size = len(stream.request.prompt)
+        return Embedding((pooled / np.float32(size) if pooling == "mean" else pooled).astype(np.float32), size)
+
+    async def apply_chat_template(
+        self, messages: Items[Message | Mapping[str, Any]], *, add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None, **arguments: Any,
+    ) -> str:  # fmt: skip
+        """The text that the model's chat template makes of messages."""
+        plain = plain_messages(messages)
+        return await anyio.to_thread.run_sync(lambda: self._render(plain, tools, arguments, add_generation_prompt))
+
+    async def tokenize(self, prompt: Prompt) -> list[int]:
+        """The token ids that stream() would run for this prompt."""
+        return list(await self._tokens(prompt, None, {}))
+
+    # ---- from a prompt to a request -------------------------------------------------------------------------------
+
+    def _resolve(self, params: SamplingParams) -> SamplingParams:
+        running = self._live
+        vocabulary = running.checkpoint.spec.vocabulary_size
+        for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
+            for token in ids:
+                if token >= vocabulary:
+                    raise InvalidRequest(f"{name} names token {token}, the vocabulary has {vocabulary}", field=name)
+        wishes = params.with_defaults(self.config.sampling_defaults, running.checkpoint.sampling_defaults)
+        supports = running.backend.info.supports
+        wants_logprobs = wishes.logprobs is not None or wishes.prompt_logprobs is not None
+        for word, field, wanted in (
+            ("penalties", "repetition_penalty", wishes.penalized),
+            ("bias", "logit_bias", bool(wishes.logit_bias)),
+            ("logprobs", "logprobs", wants_logprobs),
+        ):
+            if wanted and word not in supports:
+                raise InvalidRequest(f"the {running.backend.info.name} backend has no {word}", field=field)
+        return wishes
+
+    async def _tokens(self, prompt: Prompt, tools: Any, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        running = self._live
+        tokenizer = running.checkpoint.tokenizer
+        if isinstance(prompt, str):
+            if len(prompt) <= SHORT_TEXT:
+                return tuple(tokenizer.encode(prompt))
+            self._check_length(prompt)
+            return tuple(await anyio.to_thread.run_sync(tokenizer.encode, prompt))
+        if prompt and all(isinstance(token, (int, np.integer)) and not isinstance(token, bool) for token in prompt):
+            tokens = tuple(int(token) for token in prompt)  # type: ignore[arg-type]
+            vocabulary = running.checkpoint.spec.vocabulary_size
+            wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
+            if wrong is not None:
+                raise InvalidRequest(f"token id {wrong} is not in the vocabulary of {vocabulary}", field="prompt")
+            return tokens
+        if not prompt:
+            raise InvalidRequest("the prompt is empty: give a text, token ids or messages", field="prompt")
+        plain = plain_messages(prompt)  # type: ignore[arg-type]
+
+        def render() -> tuple[int, ...]:
+            text = self._render(plain, tools, arguments, True)
+            self._check_length(text)
+            return tuple(tokenizer.encode(text, add_special=False))
+
+        return await anyio.to_thread.run_sync(render)
+
+    def _check_length(self, text: str) -> None:
+        """Refuse a text that cannot fit before the work of tokenizing it: no token is longer than the longest piece."""
+        running = self._live
+        least = len(text) // running.longest_piece
+        if least > running.context_length:
+            raise self._too_long(f"at least {least:,}")
+
+    def _render(
+        self, messages: list[dict[str, Any]], tools: Any, arguments: Mapping[str, Any], add_generation_prompt: bool
+    ) -> str:
+        template = self._live.template
+        if template is None:
+            raise InvalidRequest(
+                "this model has no chat template: send a plain prompt, or start with --chat-template FILE", field="messages"
+            )
+        return template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, **arguments)
+
+    def _too_long(self, tokens: str) -> ContextTooLong:
+        limit = self._live.context_length
+        most = self._live.checkpoint.spec.context_length
+        cure = "shorten it" + (f", or start with --max-model-len {most}" if limit < most else "")
+        return ContextTooLong(f"the prompt has {tokens} tokens, the context length is {limit:,}: {cure}", field="prompt")
+
+    def _admit(self, tokens: tuple[int, ...], wishes: SamplingParams, pooling: str | None) -> Stream:
+        running = self._live
+        limit = running.context_length
+        if not tokens:
+            raise InvalidRequest("the prompt has no tokens: give at least one character", field="prompt")
+        room = limit - len(tokens)
+        if room < (0 if wishes.max_tokens == 0 else 1):
+            raise self._too_long(f"{len(tokens):,}")
+        max_tokens = wishes.max_tokens if wishes.max_tokens is not None else self.config.max_tokens
+        request = Request(
+            number=next(self._numbers),
+            prompt=tokens,
+            params=wishes,
+            limit=limit if max_tokens is None else min(limit, len(tokens) + max_tokens),
+            end_ids=running.checkpoint.end_ids,
+            seed=self._seed(wishes),
+            mailbox=(stream := Stream(running.core, running.on_loop)),
+            salt=(wishes.cache_salt or "").encode(),
+            cached=self.config.prefix_cache,
+            pooling=pooling,
+        )
+        tokenizer = running.checkpoint.tokenizer
+        request.sequences += [
+            Sequence(request, choice, Detokenizer(tokenizer, wishes.stop, wishes.skip_special_tokens))
+            for choice in range(wishes.n)
+        ]
+        stream.attach(request)
+        try:
+            running.core.submit(request)
+        except BaseException:
+            stream.detach()
+            raise
+        return stream
+
+    def _seed(self, wishes: SamplingParams) -> int:
+        if wishes.seed is not None:
+            return wishes.seed & (2**64 - 1)
+        return self._random.getrandbits(64) if self._random is not None else secrets.randbits(64)
+
+    # ---- looking at it --------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._live.checkpoint.tokenizer
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._live.checkpoint.spec
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that a sequence may have here."""
+        return self._live.context_length
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self._live.scheduler.limits.max_num_seqs
+
+    @property
+    def device(self) -> str:
+        """The device in words."""
+        return self._live.backend.info.device
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the model is served."""
+        return self.config.served_model_name or self.config.model_id or self._live.checkpoint.name
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Every name that a request may call the model by."""
+        own = (self.model_name, self.config.model_id, self._live.checkpoint.name)
+        names = [name for name in own if name]
+        return tuple(dict.fromkeys([*names, *(name.rsplit("/", 1)[-1] for name in names), "default"]))
+
+    def check_model(self, name: str | None) -> None:
+        """Raise UnknownModel unless `name` is one of model_names, or not given."""
+        if name and name not in self.model_names:
+            known = ", ".join(self.model_names)
+            raise UnknownModel(f"the model {name[:100]!r} is not served here: there are {known}", field="model")
+
+    def statistics(self) -> Statistics:
+        running = self._live
+        scheduler, memory = running.scheduler, running.backend.memory()
+        counts = scheduler.pool.counts()
+        return Statistics(
+            num_requests_running=len(scheduler.running),
+            num_requests_waiting=len(scheduler.waiting),
+            pages=scheduler.pool.pages,
+            page_tokens=scheduler.pool.page_tokens,
+            pages_free=counts.free,
+            pages_cached=counts.cached + counts.pinned,
+            pages_held=counts.held + counts.limbo,
+            cache_sessions=scheduler.pool.sessions,
+            weights_bytes=memory.weights_bytes,
+            cache_bytes=memory.cache_bytes,
+            scratch_bytes=memory.scratch_bytes,
+            metrics=self.metrics,
+        )
+
+
+def _template(checkpoint: Checkpoint, override: str | None) -> ChatTemplate | None:
+    if override is None:
+        return checkpoint.template
+    tokenizer = checkpoint.tokenizer
+    bos = tokenizer.token_text(tokenizer.bos_id) if tokenizer.bos_id is not None else ""
+    return ChatTemplate(override, bos_token=bos, eos_token="")
+
+
+def _context_length(config: EngineConfig, spec: ModelSpec) -> int:
+    wanted = config.max_model_len
+    if wanted is not None and wanted > spec.context_length:
+        raise ConfigError(
+            f"max_model_len is {wanted:,}, the model was made for {spec.context_length:,}: lower --max-model-len"
+        )
+    if spec.vocabulary_size < 2:
+        raise UnsupportedModel(f"a vocabulary of {spec.vocabulary_size} cannot be sampled")
+    return wanted or spec.context_length

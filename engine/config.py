@@ -1,0 +1,235 @@
+"""EngineConfig and the one table of flags: the same names on every command line, and as RILLET_* variables.
+
+A flag `--max-num-seqs` is the variable RILLET_MAX_NUM_SEQS and the field max_num_seqs; `-` and `_` are alike. Nothing here
+opens a model or a device.
+"""
+
+import argparse
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from math import isfinite
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine.errors import ConfigError
+
+__all__ = ["FLAGS", "EngineConfig", "Flag", "parse_environment", "parse_flags"]
+
+DTYPES = ("auto", "bf16", "f16", "f32")
+TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How to run an engine. With no model named, the demo model is used if it is installed, else a small hub model.
+
+    None means: decided by the model or the backend. Raises ConfigError with the value and the cure.
+    """
+
+    model_id: str | None = None               # hub id
+    weight_path: str | None = None            # folder of safetensors; a .gguf is understood
+    weight_file: str | None = None            # GGUF file, or the name of one within model_id
+    hf_token: str | None = None
+    revision: str | None = None
+    backend: str = "auto"
+    dtype: str = "auto"                       # of what is not quantized; f32 on the cpu backend is the oracle
+    device_ids: tuple[int, ...] = (0,)
+    threads: int = 0                          # 0: the cores that this process may use
+    max_num_seqs: int | None = None           # sequences in one step; None: the backend's default
+    max_model_len: int | None = None          # context length; None: the model's, bounded by memory
+    max_tokens: int | None = None             # of an answer that does not say; None: what the context length leaves
+    max_batch_tokens: int | None = None       # tokens in one step; None: the backend's default
+    max_waiting: int = 1024                   # sequences waiting or running, beyond which requests are refused
+    kv_fraction: float = 0.5                  # share of the free memory that the KV cache may take
+    kv_bytes: int | None = None               # size of the KV cache instead of kv_fraction
+    fp8_kvcache: bool = False
+    prefix_cache: bool = True
+    context_cache: bool = False               # vllm.rs's name: session_id pins pages with it and without
+    isq: str | None = None
+    seed: int | None = None
+    chat_template: str | None = None          # a file with a Jinja template instead of the model's
+    served_model_name: str | None = None
+    temperature: float | None = None          # defaults of requests that do not say
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("dtype", self.dtype, DTYPES)
+        object.__setattr__(self, "device_ids", tuple(self.device_ids))      # a list is understood
+        if not self.device_ids or any(not isinstance(d, int) or d < 0 for d in self.device_ids):
+            raise ConfigError(f"device_ids must be whole numbers from 0, not {self.device_ids!r}")
+        if self.isq is not None:
+            raise ConfigError(
+                f"isq={self.isq!r}: quantizing while loading is not built yet: use a GGUF file that is quantized already"
+            )
+        for name, low, high in BOUNDS:
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and isfinite(value) and low <= value <= high):
+                raise ConfigError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
+
+    @property
+    def sampling_defaults(self) -> dict[str, float | int]:
+        """What the flags say of sampling."""
+        return {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+
+
+SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
+)  # fmt: skip
+BOUNDS: tuple[tuple[str, float, float], ...] = (
+    ("threads", 0, 4096),
+    ("max_num_seqs", 1, 65536),
+    ("max_model_len", 2, 2**31 - 1),
+    ("max_tokens", 1, 2**31 - 1),
+    ("max_batch_tokens", 1, 2**20),
+    ("max_waiting", 1, 2**31 - 1),
+    ("kv_fraction", 0.01, 0.99),
+    ("kv_bytes", 1, 2**63),
+    ("seed", -(2**63), 2**64 - 1),
+    ("temperature", 0, 100),
+    ("top_k", -1, 2**31 - 1),
+    ("top_p", 1e-9, 1),
+    ("min_p", 0, 1),
+    ("repetition_penalty", 0.01, 100),
+    ("frequency_penalty", -2, 2),
+    ("presence_penalty", -2, 2),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One option: its name without dashes, the field it fills, how its text is read, and what it does."""
+
+    name: str
+    field: str
+    kind: type
+    help: str
+
+    @property
+    def variable(self) -> str:
+        return "RILLET_" + self.name.upper().replace("-", "_")
+
+    def read(self, text: str) -> Any:
+        """The value that `text` stands for; ConfigError if it stands for none."""
+        try:
+            if self.kind is bool:
+                if text.lower() not in TRUE + FALSE:
+                    raise ValueError
+                return text.lower() in TRUE
+            if self.kind is tuple:
+                return tuple(int(part) for part in text.split(","))
+            return self.kind(text)
+        except ValueError:
+            wanted = {bool: "1 or 0", tuple: "numbers with commas", int: "a whole number", float: "a number"}
+            raise ConfigError(f"--{self.name} must be {wanted.get(self.kind, 'a text')}, not {text!r}") from None
+
+
+FLAGS: tuple[Flag, ...] = (
+    Flag("m", "model_id", str, "hub id of the model, such as Qwen/Qwen2.5-0.5B-Instruct-GGUF"),
+    Flag("w", "weight_path", str, "folder with safetensors"),
+    Flag("f", "weight_file", str, "GGUF file, or the name of one within --m"),
+    Flag("revision", "revision", str, "branch, tag or commit of --m"),
+    Flag("backend", "backend", str, "auto, cpu, mlx or cuda"),
+    Flag("dtype", "dtype", str, "auto, bf16, f16 or f32: of weights that are not quantized"),
+    Flag("d", "device_ids", tuple, "devices, such as 0,1"),
+    Flag("threads", "threads", int, "threads of the cpu backend (default: the cores this process may use)"),
+    Flag("max-num-seqs", "max_num_seqs", int, "sequences in one step (default: 256 cuda, 32 mlx, 16 cpu)"),
+    Flag("max-model-len", "max_model_len", int, "context length (default: the model's, bounded by memory)"),
+    Flag("max-tokens", "max_tokens", int, "tokens of an answer that does not say (default: what the context leaves)"),
+    Flag("max-batch-tokens", "max_batch_tokens", int, "tokens in one step"),
+    Flag("max-waiting", "max_waiting", int, "sequences waiting or running, beyond which requests are refused"),
+    Flag("kv-fraction", "kv_fraction", float, "share of the free memory that the KV cache may take (default: 0.5)"),
+    Flag("kv-bytes", "kv_bytes", int, "size of the KV cache in bytes, instead of --kv-fraction"),
+    Flag("fp8-kvcache", "fp8_kvcache", bool, "keep the KV cache in 8 bits"),
+    Flag("prefix-cache", "prefix_cache", bool, "reuse the pages of equal prefixes (default: 1)"),
+    Flag("context-cache", "context_cache", bool, "vllm.rs's name for pinning by session_id, which is always on"),
+    Flag("isq", "isq", str, "quantize while loading"),
+    Flag("seed", "seed", int, "seed of everything that is drawn without a seed of its own"),
+    Flag("chat-template", "chat_template", str, "file with a Jinja chat template, instead of the model's"),
+    Flag("served-model-name", "served_model_name", str, "name under which the model is served"),
+    Flag("temperature", "temperature", float, "0 is greedy"),
+    Flag("top-k", "top_k", int, "draw from the k most probable tokens"),
+    Flag("top-p", "top_p", float, "draw from the most probable tokens with this share of the probability"),
+    Flag("min-p", "min_p", float, "drop tokens less probable than this share of the best one"),
+    Flag("repetition-penalty", "repetition_penalty", float, "above 1: repeat less of prompt and answer"),
+    Flag("frequency-penalty", "frequency_penalty", float, "-2 to 2: per time that a token stands in the answer"),
+    Flag("presence-penalty", "presence_penalty", float, "-2 to 2: for tokens that stand in the answer"),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our errors, so that a wrong flag is a ConfigError for every caller."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message} (--help lists every flag)")
+
+
+def parse_flags(
+    arguments: Sequence[str], own: Iterable[Flag] = (), *, program: str, description: str
+) -> tuple[EngineConfig, dict[str, Any]]:
+    """A command line -> the engine's config, and the values of the program's own flags by field (None: not given)."""
+    own = tuple(own)
+    parser = _Parser(prog=program, description=description, allow_abbrev=False)
+    for flag in (*FLAGS, *own):
+        if flag.kind is bool:
+            parser.add_argument(f"--{flag.name}", dest=flag.field, nargs="?", const="1", metavar="0|1", help=flag.help)
+        else:
+            parser.add_argument(f"--{flag.name}", dest=flag.field, metavar=flag.kind.__name__.upper(), help=flag.help)
+    given = vars(parser.parse_args([_dashed(argument) for argument in arguments]))
+    values = {flag.field: flag.read(text) for flag in (*FLAGS, *own) if (text := given[flag.field]) is not None}
+    return _split(values, own)
+
+
+def parse_environment(environ: Mapping[str, str], own: Iterable[Flag] = ()) -> tuple[EngineConfig, dict[str, Any]]:
+    """RILLET_* variables -> the same as parse_flags; a variable that nobody knows is a ConfigError."""
+    own = tuple(own)
+    known = {flag.variable: flag for flag in (*FLAGS, *own)}
+    values = {}
+    for variable, text in environ.items():
+        if variable.startswith("RILLET_"):
+            if variable not in known:
+                close = difflib.get_close_matches(variable, known, 1) or sorted(known)
+                raise ConfigError(f"{variable} is no setting of Rillet: did you mean {close[0]}?")
+            values[known[variable].field] = known[variable].read(text)
+    token = environ.get("HF_TOKEN")
+    if token:
+        values["hf_token"] = token
+    return _split(values, own)
+
+
+def _split(values: dict[str, Any], own: tuple[Flag, ...]) -> tuple[EngineConfig, dict[str, Any]]:
+    extra = {flag.field: values.pop(flag.field, None) for flag in own}
+    return EngineConfig(**values), extra
+
+
+def _dashed(argument: str) -> str:
+    """--max_num_seqs=4 -> --max-num-seqs=4"""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def read_chat_template(config: EngineConfig) -> str | None:
+    """The text of --chat-template, or None."""
+    if config.chat_template is None:
+        return None
+    path = Path(config.chat_template)
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {path}: {error}: give a readable UTF-8 file") from None
+
+
+FIELDS = frozenset(f.name for f in fields(EngineConfig))
