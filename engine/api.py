@@ -37,7 +37,7 @@ from engine.sampling import SamplingParams, merge
 from engine.scheduler import Limits, Scheduler
 from engine.sequence import Request, Sequence
 from engine.step import FloatArray
-from engine.stream import Result, Stream
+from engine.stream import Mailbox, Result, Stream
 from engine.text.detokenizer import Detokenizer
 from engine.text.messages import Message, plain_messages
 from engine.text.template import ChatTemplate
@@ -346,7 +346,7 @@ class Engine:
             limit=limit if max_tokens is None else min(limit, len(tokens) + max_tokens),
             end_ids=running.checkpoint.end_ids,
             seed=self._seed(wishes),
-            mailbox=(stream := Stream(running.core, running.on_loop)),
+            mailbox=(mailbox := Mailbox(wishes.n)),
             salt=(wishes.cache_salt or "").encode(),
             cached=self.config.prefix_cache,
             pooling=pooling,
@@ -356,13 +356,8 @@ class Engine:
             Sequence(request, choice, Detokenizer(tokenizer, wishes.stop, wishes.skip_special_tokens))
             for choice in range(wishes.n)
         ]
-        stream.attach(request)
-        try:
-            running.core.submit(request)
-        except BaseException:
-            stream.detach()
-            raise
-        return stream
+        running.core.submit(request)
+        return Stream(running.core, request, mailbox, running.on_loop)
 
     def _seed(self, wishes: SamplingParams) -> int:
         if wishes.seed is not None:

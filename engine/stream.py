@@ -80,31 +80,57 @@ class Result:
         return self.choices[0].finish_reason
 
 
+class Mailbox:
+    """What has been drawn and not yet read. The core holds this and not the Stream, so that a dropped Stream is noticed."""
+
+    __slots__ = ("error", "open", "pending", "waiter")
+
+    def __init__(self, choices: int) -> None:
+        self.pending: dict[int, Delta] = {}
+        self.waiter: anyio.Event | None = None
+        self.error: Exception | None = None
+        self.open = choices                              # choices that have not ended
+
+    def deliver(self, sequence: Sequence, text: str, token: int, logprobs: TokenLogprobs | None) -> None:
+        delta = self.pending.get(sequence.choice)
+        if delta is None:
+            delta = self.pending[sequence.choice] = Delta(sequence.choice)
+        delta.text += text
+        delta.token_ids.append(token)
+        if logprobs is not None:
+            if delta.logprobs is None:
+                delta.logprobs = []
+            delta.logprobs.append(logprobs)
+        self._wake()
+
+    def finished(self, sequence: Sequence) -> None:
+        delta = self.pending.setdefault(sequence.choice, Delta(sequence.choice))
+        delta.finish_reason, delta.stop_reason = sequence.finish_reason, sequence.stop_reason
+        self.open -= 1
+        if self.open == 0:
+            delta.usage = _usage(sequence.request)
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        self.error, self.open = error, 0
+        self._wake()
+
+    def _wake(self) -> None:
+        if self.waiter is not None:
+            self.waiter.set()
+            self.waiter = None
+
+
 class Stream:
     """Iterate it for deltas; leaving its `async with` block, or aclose(), cancels what still runs and frees its pages."""
 
-    def __init__(self, core: "Core", on_loop: Callable[[Callable[[], object]], object]) -> None:
+    def __init__(
+        self, core: "Core", request: Request, mailbox: Mailbox, on_loop: Callable[[Callable[[], object]], object]
+    ) -> None:
         self._core = core
+        self._mailbox = mailbox
         self._on_loop = on_loop
-        self._request: Request | None = None
-        self._pending: dict[int, Delta] = {}
-        self._waiter: anyio.Event | None = None
-        self._error: Exception | None = None
-        self._open = 0                                   # choices that have not ended
-
-    def attach(self, request: Request) -> None:
-        """The request whose news come here; called once, before it is admitted."""
-        self._request = request
-        self._open = len(request.sequences)
-
-    def detach(self) -> None:
-        """The request was not admitted."""
-        self._open = 0
-
-    @property
-    def request(self) -> Request:
-        assert self._request is not None, "attach() comes first"
-        return self._request
+        self.request = request
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]:
@@ -118,55 +144,21 @@ class Stream:
     @property
     def usage(self) -> Usage:
         """The tokens so far."""
-        request = self.request
-        completion = sum(len(sequence.tokens) - sequence.prompt_length for sequence in request.sequences)
-        return Usage(len(request.prompt), completion, request.cached_tokens)
-
-    # ---- what the core puts in --------------------------------------------------------------------------------------
-
-    def deliver(self, sequence: Sequence, text: str, token: int, logprobs: TokenLogprobs | None) -> None:
-        delta = self._pending.get(sequence.choice)
-        if delta is None:
-            delta = self._pending[sequence.choice] = Delta(sequence.choice)
-        delta.text += text
-        delta.token_ids.append(token)
-        if logprobs is not None:
-            if delta.logprobs is None:
-                delta.logprobs = []
-            delta.logprobs.append(logprobs)
-        self._wake()
-
-    def finished(self, sequence: Sequence) -> None:
-        delta = self._pending.setdefault(sequence.choice, Delta(sequence.choice))
-        delta.finish_reason, delta.stop_reason = sequence.finish_reason, sequence.stop_reason
-        self._open -= 1
-        if self._open == 0:
-            delta.usage = self.usage
-        self._wake()
-
-    def fail(self, error: Exception) -> None:
-        self._error, self._open = error, 0
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None:
-            self._waiter.set()
-            self._waiter = None
-
-    # ---- what the caller takes out ----------------------------------------------------------------------------------
+        return _usage(self.request)
 
     def __aiter__(self) -> "Stream":
         return self
 
     async def __anext__(self) -> Delta:
-        while not self._pending:
-            if self._error is not None:
-                raise self._error
-            if self._open == 0:
+        mailbox = self._mailbox
+        while not mailbox.pending:
+            if mailbox.error is not None:
+                raise mailbox.error
+            if mailbox.open == 0:
                 raise StopAsyncIteration
-            self._waiter = waiter = anyio.Event()
+            mailbox.waiter = waiter = anyio.Event()
             await waiter.wait()
-        return self._pending.pop(next(iter(self._pending)))
+        return mailbox.pending.pop(next(iter(mailbox.pending)))
 
     async def collect(self) -> Result:
         """Read to the end and put everything together."""
@@ -184,13 +176,13 @@ class Stream:
 
     def cancel(self) -> None:
         """End what still runs; its last deltas, with finish_reason "abort", can still be read."""
-        if self._open:
+        if self._mailbox.open:
             self._core.abort(self.request)
 
     async def aclose(self) -> None:
         """End what still runs and drop what was not read."""
         self.cancel()
-        self._pending.clear()
+        self._mailbox.pending.clear()
 
     async def __aenter__(self) -> "Stream":
         return self
@@ -201,10 +193,16 @@ class Stream:
         await self.aclose()
 
     def __del__(self) -> None:
-        if self._open and self._request is not None and not self._core.closing:
-            warn("a Stream was dropped before its end: use `async with stream:` or aclose()", ResourceWarning, stacklevel=2)
-            core, request = self._core, self._request
-            try:
-                self._on_loop(lambda: core.abort(request))
-            except RuntimeError:                          # the loop is gone, and the engine with it
-                return
+        if not self._mailbox.open or self._core.closing:
+            return
+        warn("a Stream was dropped before its end: use `async with stream:` or aclose()", ResourceWarning, stacklevel=2)
+        core, request = self._core, self.request
+        try:
+            self._on_loop(lambda: core.abort(request))
+        except RuntimeError:                             # the loop is gone, and the engine with it
+            return
+
+
+def _usage(request: Request) -> Usage:
+    completion = sum(len(sequence.tokens) - sequence.prompt_length for sequence in request.sequences)
+    return Usage(len(request.prompt), completion, request.cached_tokens)

@@ -58,7 +58,7 @@ class GgufFile:
             self.metadata: Mapping[str, MetadataValue] = MappingProxyType(_read_metadata(cursor, key_count))
             self.tensors: Mapping[str, RawTensor] = MappingProxyType(self._read_tensors(cursor, tensor_count))
         except BaseException:
-            self._map.close()
+            self.close()
             raise
 
     def _read_header(self, cursor: "_Cursor") -> tuple[int, int]:

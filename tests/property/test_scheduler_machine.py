@@ -74,7 +74,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, pages: int, batch: int, places: int) -> None:
         self.backend = ToyBackend(pages=pages, max_batch_tokens=batch, max_places=places, max_num_seqs=5)
         limits = Limits(
-            max_num_seqs=5, max_batch_tokens=batch, max_places=places, context_length=CONTEXT, beside_decoding=max(2, batch // 4)
+            max_num_seqs=5, max_batch_tokens=batch, max_places=places, context_length=CONTEXT,
+            beside_decoding=max(2, batch // 4),
         )
         self.pool = PagePool(pages, self.backend.page_tokens, max_sessions=1)
         self.scheduler = Scheduler(self.pool, limits)
@@ -171,7 +172,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sequence.state is State.FINISHED
             got, reason = box.tokens.get(sequence.choice, []), box.reasons[sequence.choice]
             expected = naive(
-                request.prompt, params, seed=request.seed, choice=sequence.choice, limit=request.limit, end_ids=request.end_ids
+                request.prompt, params, seed=request.seed, choice=sequence.choice, limit=request.limit,
+                end_ids=request.end_ids,
             )
             if reason == "abort":
                 assert got == expected[: len(got)]
@@ -179,7 +181,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert got == expected
                 assert (reason == "stop") == bool(got and (got[-1] in sequence.stop_ids))
         if params.prompt_logprobs is not None and box.reasons[0] != "abort":
-            assert [l.logprob for l in request.prompt_logprobs] == [
+            assert [found.logprob for found in request.prompt_logprobs] == [
                 toy_logprob(request.prompt[:at], request.prompt[at]) for at in range(1, len(request.prompt))
             ]
 

@@ -33,8 +33,8 @@ def toy_draw(
 
 
 def naive(
-    prompt: Sequence[int], params: SamplingParams, *, seed: int, choice: int = 0, limit: int, end_ids: frozenset[int] = frozenset(),
-    vocabulary: int = VOCABULARY,
+    prompt: Sequence[int], params: SamplingParams, *, seed: int, choice: int = 0, limit: int,
+    end_ids: frozenset[int] = frozenset(), vocabulary: int = VOCABULARY,
 ) -> list[int]:  # fmt: skip
     """The output tokens of one sequence, one at a time, from the whole context each time."""
     params = params.with_defaults()
