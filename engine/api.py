@@ -24,7 +24,6 @@ from engine.config import EngineConfig, read_chat_template
 from engine.core import Core, DeviceThread, loop_caller
 from engine.errors import (
     ConfigError,
-    ContextTooLong,
     EngineClosed,
     InvalidRequest,
     UnknownModel,
@@ -33,13 +32,14 @@ from engine.errors import (
 from engine.metrics import Metrics, Statistics
 from engine.model.spec import ModelSpec
 from engine.pages import PagePool
+from engine.prompts import Prompt, PromptReader
 from engine.sampling import SamplingParams, merge
 from engine.scheduler import Limits, Scheduler
 from engine.sequence import Request, Sequence
 from engine.step import FloatArray
 from engine.stream import Mailbox, Result, Stream
 from engine.text.detokenizer import Detokenizer
-from engine.text.messages import Message, plain_messages
+from engine.text.messages import Message
 from engine.text.template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
@@ -49,9 +49,6 @@ __all__ = ["Embedding", "Engine", "Prompt"]
 
 log = logging.getLogger("rillet")
 T = TypeVar("T")
-Prompt = str | Items[int] | Items[Message | Mapping[str, Any]]
-"""A text (used as it is), token ids, or messages (put through the chat template)."""
-SHORT_TEXT = 2048                                        # characters that are tokenized at once, without a worker thread
 DECODING_SHARE = 8                                       # a step that also decodes takes 1 / 8 of its tokens from prompts
 
 
@@ -68,17 +65,15 @@ class _Running:
 
     def __init__(
         self, checkpoint: Checkpoint, backend: Backend, device: DeviceThread, scheduler: Scheduler, core: Core,
-        template: ChatTemplate | None, context_length: int, on_loop: Callable[[Callable[[], object]], object],
+        prompts: PromptReader, on_loop: Callable[[Callable[[], object]], object],
     ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.backend = backend
         self.device = device
         self.scheduler = scheduler
         self.core = core
-        self.template = template
-        self.context_length = context_length
+        self.prompts = prompts
         self.on_loop = on_loop
-        self.longest_piece = max(1, *map(len, checkpoint.tokenizer.pieces))
 
 
 class Engine:
@@ -173,7 +168,8 @@ class Engine:
         )  # fmt: skip
         scheduler = Scheduler(PagePool(pages, info.page_tokens), limits)
         core = Core(backend, device, scheduler, self.metrics, config.max_waiting)
-        return _Running(checkpoint, backend, device, scheduler, core, template, context_length, loop_caller())
+        prompts = PromptReader(checkpoint, template, context_length)
+        return _Running(checkpoint, backend, device, scheduler, core, prompts, loop_caller())
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -212,6 +208,13 @@ class Engine:
         """Why the engine is dead, or None."""
         return self._running.core.failure if self._running is not None else None
 
+    async def wait_failed(self) -> Exception:
+        """Return when the engine is dead, with why; a healthy engine keeps the caller waiting."""
+        core = self._core
+        await core.died.wait()
+        assert core.failure is not None
+        return core.failure
+
     # ---- asking ---------------------------------------------------------------------------------------------------
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None, **keywords: Any) -> Stream:
@@ -224,7 +227,7 @@ class Engine:
         tools = keywords.pop("tools", None)
         wishes = self._resolve(merge(params, keywords))
         running.core.check_room(wishes.n)
-        tokens = await self._tokens(prompt, tools, arguments)
+        tokens = await running.prompts.tokens(prompt, tools, arguments)
         return self._admit(tokens, wishes, pooling=None)
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **keywords: Any) -> Result:
@@ -240,7 +243,7 @@ class Engine:
         if "hidden" not in running.backend.info.supports:
             raise InvalidRequest(f"the {running.backend.info.name} backend gives no states", field="pooling")
         wishes = self._resolve(SamplingParams(max_tokens=0))
-        stream = self._admit(await self._tokens(prompt, None, {}), wishes, pooling=pooling)
+        stream = self._admit(await running.prompts.tokens(prompt), wishes, pooling=pooling)
         await stream.collect()
         pooled = stream.request.pooled
         if pooled is None:
@@ -253,12 +256,11 @@ class Engine:
         tools: list[dict[str, Any]] | None = None, **arguments: Any,
     ) -> str:  # fmt: skip
         """The text that the model's chat template makes of messages."""
-        plain = plain_messages(messages)
-        return await anyio.to_thread.run_sync(lambda: self._render(plain, tools, arguments, add_generation_prompt))
+        return await self._live.prompts.render(messages, tools, arguments, add_generation_prompt)
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
         """The token ids that stream() would run for this prompt."""
-        return list(await self._tokens(prompt, None, {}))
+        return list(await self._live.prompts.tokens(prompt))
 
     # ---- from a prompt to a request -------------------------------------------------------------------------------
 
@@ -281,63 +283,14 @@ class Engine:
                 raise InvalidRequest(f"the {running.backend.info.name} backend has no {word}", field=field)
         return wishes
 
-    async def _tokens(self, prompt: Prompt, tools: Any, arguments: Mapping[str, Any]) -> tuple[int, ...]:
-        running = self._live
-        tokenizer = running.checkpoint.tokenizer
-        if isinstance(prompt, str):
-            if len(prompt) <= SHORT_TEXT:
-                return tuple(tokenizer.encode(prompt))
-            self._check_length(prompt)
-            return tuple(await anyio.to_thread.run_sync(tokenizer.encode, prompt))
-        if prompt and all(isinstance(token, (int, np.integer)) and not isinstance(token, bool) for token in prompt):
-            tokens = tuple(int(token) for token in prompt)  # type: ignore[arg-type]
-            vocabulary = running.checkpoint.spec.vocabulary_size
-            wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
-            if wrong is not None:
-                raise InvalidRequest(f"token id {wrong} is not in the vocabulary of {vocabulary}", field="prompt")
-            return tokens
-        if not prompt:
-            raise InvalidRequest("the prompt is empty: give a text, token ids or messages", field="prompt")
-        plain = plain_messages(prompt)  # type: ignore[arg-type]
-
-        def render() -> tuple[int, ...]:
-            text = self._render(plain, tools, arguments, True)
-            self._check_length(text)
-            return tuple(tokenizer.encode(text, add_special=False))
-
-        return await anyio.to_thread.run_sync(render)
-
-    def _check_length(self, text: str) -> None:
-        """Refuse a text that cannot fit before the work of tokenizing it: no token is longer than the longest piece."""
-        running = self._live
-        least = len(text) // running.longest_piece
-        if least > running.context_length:
-            raise self._too_long(f"at least {least:,}")
-
-    def _render(
-        self, messages: list[dict[str, Any]], tools: Any, arguments: Mapping[str, Any], add_generation_prompt: bool
-    ) -> str:
-        template = self._live.template
-        if template is None:
-            raise InvalidRequest(
-                "this model has no chat template: send a plain prompt, or start with --chat-template FILE", field="messages"
-            )
-        return template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, **arguments)
-
-    def _too_long(self, tokens: str) -> ContextTooLong:
-        limit = self._live.context_length
-        most = self._live.checkpoint.spec.context_length
-        cure = "shorten it" + (f", or start with --max-model-len {most}" if limit < most else "")
-        return ContextTooLong(f"the prompt has {tokens} tokens, the context length is {limit:,}: {cure}", field="prompt")
-
     def _admit(self, tokens: tuple[int, ...], wishes: SamplingParams, pooling: str | None) -> Stream:
         running = self._live
-        limit = running.context_length
+        limit = running.prompts.context_length
         if not tokens:
             raise InvalidRequest("the prompt has no tokens: give at least one character", field="prompt")
         room = limit - len(tokens)
         if room < (0 if wishes.max_tokens == 0 else 1):
-            raise self._too_long(f"{len(tokens):,}")
+            raise running.prompts.too_long(f"{len(tokens):,}")
         max_tokens = wishes.max_tokens if wishes.max_tokens is not None else self.config.max_tokens
         request = Request(
             number=next(self._numbers),
@@ -377,7 +330,7 @@ class Engine:
     @property
     def context_length(self) -> int:
         """The most tokens that a sequence may have here."""
-        return self._live.context_length
+        return self._live.prompts.context_length
 
     @property
     def max_num_seqs(self) -> int:

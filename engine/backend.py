@@ -7,7 +7,7 @@ and imported when asked for, so that importing engine never imports a device lib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from engine.errors import DeviceUnavailable
 from engine.model.spec import ModelSpec
@@ -97,8 +97,8 @@ class Backend(Protocol):
         """Queue a step and return at once; at most two tickets are open. The core never changes the arrays again."""
         ...
 
-    def wait(self, ticket: Ticket) -> StepOutput:
-        """The step's output; tickets are waited for in the order they were submitted."""
+    def wait(self, ticket: Any) -> StepOutput:
+        """The output of a step that this backend's submit took; tickets are waited for in the order of submission."""
         ...
 
     def memory(self) -> MemoryStatistics: ...
@@ -115,9 +115,9 @@ def available_backends() -> tuple[str, ...]:
 
 
 def create_backend(name: str = "auto") -> Backend:
-    """Import and create a backend; "auto" takes the first whose device is there. Raises DeviceUnavailable."""
+    """Import and create a backend; "auto" takes the first of PREFERENCE whose device is there. DeviceUnavailable if none."""
     installed = available_backends()
-    wanted = installed if name == "auto" else (name,)
+    wanted = tuple(known for known in installed if known in PREFERENCE) if name == "auto" else (name,)
     refusals = []
     for candidate in wanted:
         points = entry_points(group=GROUP, name=candidate)

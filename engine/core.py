@@ -19,7 +19,8 @@ from anyio.lowlevel import current_token
 from engine.backend import Backend, Ticket
 from engine.errors import BackendError, EngineClosed, Overloaded, RilletError, StepFailed
 from engine.metrics import Metrics
-from engine.scheduler import Plan, Scheduler
+from engine.packing import Plan
+from engine.scheduler import Scheduler
 from engine.sequence import Request, State
 from engine.step import StepInput, StepOutput
 
@@ -94,6 +95,7 @@ class Core:
         self.scheduler = scheduler
         self.metrics = metrics
         self.failure: RilletError | None = None
+        self.died = anyio.Event()                         # set with failure
         self.closing = False
         self._backend = backend
         self._device = device
@@ -248,6 +250,7 @@ class Core:
         else:
             self.failure = StepFailed(f"a step failed: {type(error).__name__}: {error}")
             self.failure.__cause__ = error
+        self.died.set()
         for request in list(self._live.values()):
             request.mailbox.fail(self.failure)
         self._live.clear()

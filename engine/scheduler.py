@@ -1,4 +1,4 @@
-"""Which sequences run in the next step: the policy, and the packing of its arrays. Pure: no clock, no device, no awaits.
+"""Which sequences run in the next step: the policy, and what comes of what they drew. Pure: no clock, no device, no awaits.
 
 Decoding sequences come first, one token each; prompts fill what is left, first come first served. When no page is left the
 newest sequence gives its pages up and is computed again later, so the oldest always goes on and nothing starves. The core
@@ -7,16 +7,16 @@ calls plan() and deliver() in turn; at most one ticket is open when plan() is ca
 
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engine.packing import Draft, Lanes, Plan, Row
 from engine.pages import PagePool, page_keys
 from engine.sequence import FinishReason, Logprob, Request, Sequence, State, TokenLogprobs
-from engine.step import Bias, History, StepInput, StepOutput
+from engine.step import StepOutput
 
-__all__ = ["Limits", "Plan", "Scheduler"]
+__all__ = ["Limits", "Scheduler"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,34 +30,12 @@ class Limits:
     beside_decoding: int
 
 
-@dataclass(slots=True)
-class Row:
-    """`count` tokens of `sequence` from position `start`."""
-
-    sequence: Sequence
-    start: int
-    count: int
-
-
-@dataclass(slots=True)
-class Plan:
-    """A packed step, and who is to be told what comes out. Place i < len(draws) belongs to draws[i], then come scores."""
-
-    number: int
-    step: StepInput
-    draws: list[Sequence]
-    prefills: list[Row]
-    scores: list[tuple[Sequence, int]] = field(default_factory=list)      # (sequence, position of the scored prompt token)
-    states: list[tuple[Sequence, int]] = field(default_factory=list)      # (sequence, how many rows of hidden)
-
-
 def _age(sequence: Sequence) -> tuple[int, int]:
     return sequence.request.number, sequence.choice
 
 
 class Scheduler:
-    """`waiting` and `running` are in order of age. A running sequence has a lane: its row in the tables below, which hold
-    everything that does not change from step to step, so that packing is a few gathers."""
+    """`waiting` and `running` are in order of age; a running sequence holds a lane and its pages."""
 
     def __init__(self, pool: PagePool, limits: Limits) -> None:
         self.pool = pool
@@ -69,13 +47,8 @@ class Scheduler:
         self.completed = 0                                  # ... and of the last one delivered
         self._copies: dict[int, int] = {}                   # target page -> source page, for the next step
         self._forks: list[Sequence] = []                    # may share the page that they write to
-        lanes = limits.max_num_seqs
-        self._free_lanes = list(range(lanes - 1, -1, -1))
         width = -(-limits.context_length // pool.page_tokens) + 1
-        self._tables = np.zeros((lanes, width), np.int32)
-        self._numbers = np.zeros((6, lanes), np.float32)    # temperature top_p min_p repetition frequency presence
-        self._counts = np.zeros((3, lanes), np.int32)       # top_k choice top_count
-        self._seeds = np.zeros((lanes, 2), np.uint32)
+        self._lanes = Lanes(limits.max_num_seqs, width, pool.page_tokens)
 
     # ---- coming and going -----------------------------------------------------------------------------------------
 
@@ -114,9 +87,8 @@ class Scheduler:
             dropped = [self._copies.pop(page) for page in sequence.pages if page in self._copies]
             self.pool.release(dropped, sequence.last_ticket)
         self.pool.release(reversed(sequence.pages), sequence.last_ticket)
-        self._tables[sequence.lane] = 0
-        self._free_lanes.append(sequence.lane)
-        sequence.pages, sequence.capacity, sequence.lane, sequence.registered = [], 0, -1, 0
+        self._lanes.leave(sequence)
+        sequence.pages, sequence.capacity, sequence.registered = [], 0, 0
 
     def _preempt(self) -> Sequence:
         """The newest sequence waits again; what it drew is kept, its pages stay findable until they are needed."""
@@ -128,20 +100,8 @@ class Scheduler:
         return victim
 
     def _enter(self, sequence: Sequence) -> None:
-        """Take a lane and join the running ones."""
-        params = sequence.request.params
-        lane = sequence.lane = self._free_lanes.pop()
-        self._numbers[:, lane] = (
-            params.temperature, params.top_p, params.min_p,
-            params.repetition_penalty, params.frequency_penalty, params.presence_penalty,
-        )  # fmt: skip
-        self._counts[:, lane] = (
-            max(0, params.top_k or 0), sequence.choice, -1 if params.logprobs is None else params.logprobs
-        )  # fmt: skip
-        seed = sequence.request.seed
-        self._seeds[lane] = seed & 0xFFFFFFFF, seed >> 32
-        self._tables[lane, : len(sequence.pages)] = sequence.pages
-        sequence.capacity = len(sequence.pages) * self.pool.page_tokens
+        """Join the running ones."""
+        self._lanes.enter(sequence)
         sequence.state = State.RUNNING
         insort(self.running, sequence, key=_age)
 
@@ -187,7 +147,7 @@ class Scheduler:
         for sequence in [*self.running]:
             if sequence.computed < max(sequence.prompt_length, sequence.length - 1):
                 budget, places = self._chunk(sequence, rows, budget, places)
-        while self.waiting and budget > 0 and places > 0 and self._free_lanes:
+        while self.waiting and budget > 0 and places > 0 and self._lanes.free:
             if not self._start(self.waiting[0]):
                 break
             budget, places = self._chunk(self.waiting.popleft(), rows, budget, places)
@@ -204,9 +164,7 @@ class Scheduler:
                 if page is None:
                     return False
                 if page >= 0:
-                    self._tables[sequence.lane, len(sequence.pages)] = page
-                    sequence.pages.append(page)
-                    sequence.capacity += self.pool.page_tokens
+                    self._lanes.set_page(sequence, len(sequence.pages), page)
         return True
 
     def _take(self) -> int | None:
@@ -230,7 +188,7 @@ class Scheduler:
                 if page is None:
                     return False
                 self._copies[page] = source                 # the copy now holds what the sequence held of the source
-                sequence.pages[index] = self._tables[sequence.lane, index] = page
+                self._lanes.set_page(sequence, index, page)
         self._forks.remove(sequence)
         return True
 
@@ -245,45 +203,25 @@ class Scheduler:
         rows.append(Row(sequence, sequence.computed, count))
         return budget - count, places - (count if scored else 1)
 
-    # ---- packing --------------------------------------------------------------------------------------------------
-
     def _pack(self, rows: list[Row], decodes: int, spare: int) -> Plan:
-        """The arrays of a step; `spare` places are left for choices that fork."""
+        """Write the rows down; `spare` places are left for choices that fork."""
         number = self.submitted = self.submitted + 1
-        draws: list[Sequence] = []
-        tokens: list[int] = []
-        sample_at: list[int] = []
-        scores: list[tuple[Sequence, int]] = []
-        states: list[tuple[Sequence, int]] = []
-        score_at: list[int] = []
-        hidden_at: list[int] = []
-        references = self._history(rows) if any(row.sequence.history is not None for row in rows) else None
-        for row in rows:
+        draft = Draft.of(number, rows)
+        draft.write_decoding(rows[:decodes])
+        for row in rows[decodes:]:
             sequence, end = row.sequence, row.start + row.count
-            sequence.last_ticket = number
-            first = len(tokens)
-            if sequence.pending_in and end == sequence.length:
-                tokens += sequence.tokens[row.start :]
-                tokens.append(-1 - sequence.place)
-            else:
-                tokens += sequence.tokens[row.start : end]
-            if sequence.prompt_wanted:
-                self._prompt_wishes(row, first, scores, score_at, states, hidden_at)
-            sequence.computed = end
+            draft.write(row)
+            sequence.last_ticket, sequence.computed = number, end
             if end == sequence.length and end < sequence.request.limit:
                 choices = self._choices(sequence, end, spare)
                 spare -= len(choices) - 1
                 for drawing in choices:
-                    drawing.place, drawing.pending_in = len(draws), number
+                    draft.draw(drawing)
                     drawing.length = end + 1
-                    drawing.last_ticket = number
-                    draws.append(drawing)
-                    sample_at.append(len(tokens) - 1)
-        lanes = np.fromiter((row.sequence.lane for row in rows), np.intp, len(rows))
-        starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
-        counts = np.fromiter((row.count for row in rows), np.int32, len(rows))
-        step = self._arrays(lanes, starts, counts, tokens, draws, sample_at, scores, score_at, hidden_at, references)
-        return Plan(number, step, draws, rows[decodes:], scores, states)
+        step = self._lanes.pack(draft, [(source, target) for target, source in self._copies.items()])
+        self.pool.release(self._copies.values(), number)
+        self._copies.clear()
+        return Plan(number, step, draft.draws, rows[decodes:], draft.scores, draft.states)
 
     def _choices(self, sequence: Sequence, end: int, spare: int) -> list[Sequence]:
         """Who draws at the end of this row: the sequence, and when a prompt is done its other choices, which fork from it.
@@ -296,7 +234,8 @@ class Scheduler:
         request.forked = True
         drawing, late = [sequence], []
         for fork in request.sequences[1:]:
-            if self._free_lanes and len(drawing) <= spare:
+            fork.recorded = fork.prompt_length              # what is wanted of the prompt, the first choice tells
+            if self._lanes.free and len(drawing) <= spare:
                 for page in sequence.pages:
                     self.pool.share(page)
                 fork.pages, fork.keys, fork.registered = [*sequence.pages], [*sequence.keys], sequence.registered
@@ -304,84 +243,11 @@ class Scheduler:
                 self._enter(fork)
                 drawing.append(fork)
             else:
-                fork.recorded = fork.prompt_length
                 late.append(fork)
         self.waiting.extendleft(reversed(late))
         if end % self.pool.page_tokens and len(drawing) > 1:
             self._forks += drawing
         return drawing
-
-    def _prompt_wishes(
-        self, row: Row, first: int, scores: list[tuple[Sequence, int]], score_at: list[int],
-        states: list[tuple[Sequence, int]], hidden_at: list[int],
-    ) -> None:  # fmt: skip
-        """Places for prompt logprobs and rows of states in this chunk, without those kept before a preemption."""
-        sequence, request = row.sequence, row.sequence.request
-        end = min(row.start + row.count, sequence.prompt_length)
-        begin = max(row.start, sequence.recorded)
-        if request.params.prompt_logprobs is not None:
-            for position in range(begin + 1, min(end + 1, sequence.prompt_length)):
-                scores.append((sequence, position))
-                score_at.append(first + position - 1 - row.start)
-        if request.pooling == "last":
-            begin = max(begin, sequence.prompt_length - 1)
-        if request.pooling is not None and begin < end:
-            states.append((sequence, end - begin))
-            hidden_at += range(first + begin - row.start, first + end - row.start)
-        sequence.recorded = max(sequence.recorded, end)
-
-    def _history(self, rows: list[Row]) -> dict[int, int]:
-        """Place of the ticket just before that holds each penalized sequence's unknown token, by lane."""
-        return {row.sequence.lane: row.sequence.place for row in rows if row.sequence.history and row.sequence.pending_in}
-
-    def _arrays(
-        self, lanes: NDArray[np.intp], starts: NDArray[np.int32], counts: NDArray[np.int32], tokens: list[int],
-        draws: list[Sequence], sample_at: list[int], scores: list[tuple[Sequence, int]], score_at: list[int],
-        hidden_at: list[int], references: dict[int, int] | None,
-    ) -> StepInput:  # fmt: skip
-        page_tokens = self.pool.page_tokens
-        row_starts = np.zeros(len(counts) + 1, np.int32)
-        np.cumsum(counts, out=row_starts[1:])
-        kv_lengths = starts + counts
-        positions = np.arange(len(tokens), dtype=np.int32)
-        positions += np.repeat(starts - row_starts[:-1], counts)
-        width = -(-int(kv_lengths.max()) // page_tokens)
-        tables = self._tables[lanes, :width]
-        slots = self._tables[np.repeat(lanes, counts), positions // page_tokens] * page_tokens + positions % page_tokens
-        drawing = np.fromiter((s.lane for s in draws), np.intp, len(draws))
-        numbers, wholes, seeds = self._numbers[:, drawing], self._counts[:, drawing], self._seeds[drawing]
-        score = np.full(len(draws), -1, np.int32)
-        if scores:
-            numbers, wholes, seeds, score = _with_scores(numbers, wholes, seeds, score, scores)
-        at = np.array(sample_at + score_at, np.int32)
-        copies = np.array([(source, target) for target, source in self._copies.items()], np.int32).reshape(-1, 2)
-        self.pool.release(self._copies.values(), self.submitted)
-        self._copies.clear()
-        return StepInput(
-            copies=copies,
-            tokens=np.array(tokens, np.int32),
-            positions=positions,
-            slots=slots,
-            row_starts=row_starts,
-            kv_lengths=kv_lengths,
-            page_tables=tables,
-            sample_at=at,
-            temperature=numbers[0],
-            top_k=wholes[0],
-            top_p=numbers[1],
-            min_p=numbers[2],
-            repetition=numbers[3],
-            frequency=numbers[4],
-            presence=numbers[5],
-            seed=seeds,
-            draw_position=positions[at] + 1,
-            choice=wholes[1],
-            score=score,
-            top_count=wholes[2],
-            history=None if references is None else _pack_history(draws, len(at), references),
-            bias=_pack_bias(draws, len(at)),
-            hidden_at=np.array(hidden_at, np.int32),
-        )
 
     # ---- delivering -----------------------------------------------------------------------------------------------
 
@@ -457,62 +323,3 @@ def _logprobs(output: StepOutput, place: int, token: int, wanted: int | None) ->
         return None
     ids, values = output.top_ids[place, :wanted].tolist(), output.top_logprobs[place, :wanted].tolist()
     return TokenLogprobs(token, float(output.logprobs[place]), tuple(map(Logprob, ids, values)))
-
-
-def _with_scores(
-    numbers: NDArray[np.float32], wholes: NDArray[np.int32], seeds: NDArray[np.uint32], score: NDArray[np.int32],
-    scores: list[tuple[Sequence, int]],
-) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.uint32], NDArray[np.int32]]:  # fmt: skip
-    """The drawing places' parameters followed by those of scoring places, where what is drawn does not matter: greedy."""
-    n = len(scores)
-    off = np.repeat(np.array([[0], [1], [0], [1], [0], [0]], np.float32), n, axis=1)
-    whole = np.zeros((3, n), np.int32)
-    whole[2] = [sequence.request.params.prompt_logprobs or 0 for sequence, _ in scores]
-    targets = np.array([sequence.tokens[position] for sequence, position in scores], np.int32)
-    return (
-        np.concatenate([numbers, off], axis=1),
-        np.concatenate([wholes, whole], axis=1),
-        np.concatenate([seeds, np.zeros((n, 2), np.uint32)]),
-        np.concatenate([score, targets]),
-    )
-
-
-def _pack_history(draws: list[Sequence], places: int, references: dict[int, int]) -> History:
-    starts = np.zeros(places + 1, np.int32)
-    tokens, counts, in_prompt = [], [], []
-    for place, sequence in enumerate(draws):
-        size = 0
-        if sequence.history is not None:
-            known, known_counts, known_prompt = sequence.history.entries()
-            tokens.append(known)
-            counts.append(known_counts)
-            in_prompt.append(known_prompt)
-            size = len(known)
-            unknown = references.get(sequence.lane)
-            if unknown is not None:
-                tokens.append(np.array([-1 - unknown], np.int32))
-                counts.append(np.ones(1, np.int32))
-                in_prompt.append(np.zeros(1, np.bool_))
-                size += 1
-        starts[place + 1] = starts[place] + size
-    starts[len(draws) + 1 :] = starts[len(draws)]
-    none = np.zeros(0, np.int32)
-    return History(
-        starts, np.concatenate([none, *tokens]), np.concatenate([none, *counts]),
-        np.concatenate([np.zeros(0, np.bool_), *in_prompt]),
-    )  # fmt: skip
-
-
-def _pack_bias(draws: list[Sequence], places: int) -> Bias | None:
-    if not any(sequence.request.params.logit_bias for sequence in draws):
-        return None
-    starts = np.zeros(places + 1, np.int32)
-    tokens: list[int] = []
-    values: list[float] = []
-    for place, sequence in enumerate(draws):
-        biases = sequence.request.params.logit_bias or {}
-        tokens += biases.keys()
-        values += biases.values()
-        starts[place + 1] = len(tokens)
-    starts[len(draws) + 1 :] = len(tokens)
-    return Bias(starts, np.array(tokens, np.int32), np.array(values, np.float32))

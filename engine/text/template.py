@@ -23,6 +23,7 @@ __all__ = ["ChatTemplate"]
 
 MAX_SOURCE_CHARACTERS = 1 << 18
 MAX_DATA_DEPTH = 64
+MAX_DATE_FORMAT = 1000
 # Names under which a message's reasoning is given; a template reads the first one, gpt-oss's reads the second.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
@@ -72,7 +73,7 @@ class ChatTemplate:
         context = {
             **self._tokens,
             **{name: _plain(value) for name, value in kwargs.items()},
-            "messages": [_with_reasoning(_plain(message)) for message in messages],
+            "messages": [_message(_plain(message)) for message in messages],
             "tools": None if tools is None else _plain(list(tools)),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -139,6 +140,8 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:
+    if len(format) > MAX_DATE_FORMAT:      # the C library may write 256 times its length
+        raise jinja2.TemplateError(f"a date's format has {len(format):,} characters, {MAX_DATE_FORMAT:,} are allowed")
     return datetime.now().strftime(format)           # the machine's own time, as templates expect
 
 
@@ -165,8 +168,11 @@ def _plain(value: Any, depth: int = 0) -> Any:
             return f"<{type(value).__name__}>"
 
 
-def _with_reasoning(message: Any) -> Any:
+def _message(message: Any) -> dict[Any, Any]:
+    """A message as transformers hands it over: without empty keys, its reasoning under every name that templates read."""
     if not isinstance(message, dict):
         raise InvalidRequest(f"a message is {type(message).__name__}, it must be an object", field="messages")
     reasoning = next((message[key] for key in REASONING if message.get(key) is not None), None)
-    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    # OpenAI's clients send `content: null` beside tool calls; templates know an absent key, and would write "None".
+    given = {key: value for key, value in message.items() if value is not None}
+    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}

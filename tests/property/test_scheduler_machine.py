@@ -7,9 +7,10 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engine.packing import Plan
 from engine.pages import PagePool
 from engine.sampling import SamplingParams
-from engine.scheduler import Limits, Plan, Scheduler
+from engine.scheduler import Limits, Scheduler
 from engine.sequence import Request, Sequence, State, TokenLogprobs
 from tests.support.toy import ToyBackend, ToyTicket, naive, toy_logprob
 
@@ -187,6 +188,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=400, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestScheduler = SchedulerMachine.TestCase

@@ -1,0 +1,92 @@
+"""From what a caller gives (a text, token ids, messages) to token ids that fit. Slow work runs on worker threads.
+
+The engine's facade is the only caller; refusals are InvalidRequest and ContextTooLong, before anything is admitted.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import anyio.to_thread
+import numpy as np
+
+from engine.errors import ContextTooLong, InvalidRequest
+from engine.text.messages import Message, plain_messages
+from engine.text.template import ChatTemplate
+from engine.weights.checkpoint import Checkpoint
+
+__all__ = ["Prompt", "PromptReader"]
+
+Prompt = str | Sequence[int] | Sequence[Message | Mapping[str, Any]]
+"""A text (used as it is), token ids, or messages (put through the chat template)."""
+SHORT_TEXT = 2048                                        # characters that are tokenized at once, without a worker thread
+
+
+class PromptReader:
+    """Reads prompts for one model, served with `context_length`; `template` is None if it has no chat template."""
+
+    def __init__(self, checkpoint: Checkpoint, template: ChatTemplate | None, context_length: int) -> None:
+        self.context_length = context_length
+        self._spec = checkpoint.spec
+        self._tokenizer = checkpoint.tokenizer
+        self._template = template
+        self._longest_piece = max(1, *map(len, checkpoint.tokenizer.pieces))
+
+    async def tokens(
+        self, prompt: Prompt, tools: list[dict[str, Any]] | None = None, arguments: Mapping[str, Any] | None = None
+    ) -> tuple[int, ...]:
+        """The token ids to run. tools and arguments reach the chat template."""
+        if isinstance(prompt, str):
+            if len(prompt) <= SHORT_TEXT:
+                return tuple(self._tokenizer.encode(prompt))
+            self._check_length(prompt)
+            return tuple(await anyio.to_thread.run_sync(self._tokenizer.encode, prompt))
+        if not prompt:
+            raise InvalidRequest("the prompt is empty: give a text, token ids or messages", field="prompt")
+        if all(isinstance(token, (int, np.integer)) and not isinstance(token, bool) for token in prompt):
+            return self._checked_ids(prompt)  # type: ignore[arg-type]
+        plain = plain_messages(prompt)  # type: ignore[arg-type]
+
+        def render() -> tuple[int, ...]:
+            text = self._render(plain, tools, arguments or {}, True)
+            self._check_length(text)
+            return tuple(self._tokenizer.encode(text, add_special=False))
+
+        return await anyio.to_thread.run_sync(render)
+
+    async def render(
+        self, messages: Sequence[Message | Mapping[str, Any]], tools: list[dict[str, Any]] | None,
+        arguments: Mapping[str, Any], add_generation_prompt: bool,
+    ) -> str:  # fmt: skip
+        """The text that the chat template makes of messages."""
+        plain = plain_messages(messages)
+        return await anyio.to_thread.run_sync(lambda: self._render(plain, tools, arguments, add_generation_prompt))
+
+    def too_long(self, tokens: str) -> ContextTooLong:
+        """The refusal of a prompt of `tokens` tokens, in words."""
+        limit, most = self.context_length, self._spec.context_length
+        cure = "shorten it" + (f", or start with --max-model-len {most}" if limit < most else "")
+        return ContextTooLong(f"the prompt has {tokens} tokens, the context length is {limit:,}: {cure}", field="prompt")
+
+    def _checked_ids(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        vocabulary = self._spec.vocabulary_size
+        tokens = tuple(int(token) for token in prompt)
+        wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
+        if wrong is not None:
+            raise InvalidRequest(f"token id {wrong} is not in the vocabulary of {vocabulary}", field="prompt")
+        return tokens
+
+    def _check_length(self, text: str) -> None:
+        """Refuse a text that cannot fit before the work of tokenizing it: no token is longer than the longest piece."""
+        least = len(text) // self._longest_piece
+        if least > self.context_length:
+            raise self.too_long(f"at least {least:,}")
+
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, arguments: Mapping[str, Any],
+        add_generation_prompt: bool,
+    ) -> str:  # fmt: skip
+        if self._template is None:
+            raise InvalidRequest(
+                "this model has no chat template: send a plain prompt, or start with --chat-template FILE", field="messages"
+            )
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, **arguments)
