@@ -167,7 +167,9 @@ class Engine:
             context_length=context_length, beside_decoding=max(info.page_tokens, max_batch_tokens // DECODING_SHARE),
         )  # fmt: skip
         scheduler = Scheduler(PagePool(pages, info.page_tokens), limits)
-        core = Core(backend, device, scheduler, self.metrics, config.max_waiting)
+        core = Core(
+            backend, device, scheduler, self.metrics, most=config.max_waiting, lookahead=config.lookahead
+        )
         prompts = PromptReader(checkpoint, template, context_length)
         return _Running(checkpoint, backend, device, scheduler, core, prompts, loop_caller())
 
@@ -340,6 +342,11 @@ class Engine:
     def device(self) -> str:
         """The device in words."""
         return self._live.backend.info.device
+
+    @property
+    def sampling_defaults(self) -> dict[str, float | int]:
+        """What holds for a request that does not say: the flags over what the model's makers advise."""
+        return {**self._live.checkpoint.sampling_defaults, **self.config.sampling_defaults}
 
     @property
     def model_name(self) -> str:

@@ -45,6 +45,7 @@ class EngineConfig:
     kv_bytes: int | None = None               # size of the KV cache instead of kv_fraction
     fp8_kvcache: bool = False
     prefix_cache: bool = True
+    lookahead: bool = True                    # submit the next step before this one's tokens are known
     context_cache: bool = False               # vllm.rs's name: session_id pins pages with it and without
     isq: str | None = None
     seed: int | None = None
@@ -148,6 +149,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("kv-bytes", "kv_bytes", int, "size of the KV cache in bytes, instead of --kv-fraction"),
     Flag("fp8-kvcache", "fp8_kvcache", bool, "keep the KV cache in 8 bits"),
     Flag("prefix-cache", "prefix_cache", bool, "reuse the pages of equal prefixes (default: 1)"),
+    Flag("lookahead", "lookahead", bool, "submit the next step before this one's tokens are known (default: 1)"),
     Flag("context-cache", "context_cache", bool, "vllm.rs's name for pinning by session_id, which is always on"),
     Flag("isq", "isq", str, "quantize while loading"),
     Flag("seed", "seed", int, "seed of everything that is drawn without a seed of its own"),

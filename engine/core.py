@@ -91,7 +91,9 @@ class DeviceThread:
 class Core:
     """Owns scheduler and device thread; `run` is the engine's one task. Every method is called on the event loop."""
 
-    def __init__(self, backend: Backend, device: DeviceThread, scheduler: Scheduler, metrics: Metrics, most: int) -> None:
+    def __init__(
+        self, backend: Backend, device: DeviceThread, scheduler: Scheduler, metrics: Metrics, *, most: int, lookahead: bool
+    ) -> None:
         self.scheduler = scheduler
         self.metrics = metrics
         self.failure: RilletError | None = None
@@ -100,6 +102,7 @@ class Core:
         self._backend = backend
         self._device = device
         self._most = most                                 # sequences waiting or running
+        self._lookahead = lookahead
         self._live: dict[int, Request] = {}
         self._sequences = 0                               # of live requests
         self._work = anyio.Event()
@@ -186,7 +189,7 @@ class Core:
     async def _until_idle(self) -> None:
         flying: tuple[Plan, Ticket] | None = None
         while flying is not None or self.scheduler.has_work:
-            plan = self.scheduler.plan()
+            plan = self.scheduler.plan() if flying is None or self._lookahead else None
             if plan is None and flying is None:
                 raise StepFailed(
                     f"nothing can run though {len(self.scheduler.waiting)} sequences wait and {len(self.scheduler.running)} "

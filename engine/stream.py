@@ -146,6 +146,11 @@ class Stream:
         """The tokens so far."""
         return _usage(self.request)
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next delta, the error or the end is there already, so that iterating will not wait."""
+        return bool(self._mailbox.pending) or self._mailbox.open == 0
+
     def __aiter__(self) -> "Stream":
         return self
 

@@ -107,6 +107,17 @@ async def test_long_prompts_are_cut_into_chunks(toy: Opener) -> None:
         assert engine.metrics.steps_total >= 13
 
 
+async def test_lookahead_changes_nothing(toy: Opener) -> None:
+    seen = []
+    for lookahead in (True, False):
+        backend = HeldBackend()
+        backend.release.set()
+        async with toy(backend, lookahead=lookahead) as engine:
+            result = await engine.generate([3, 1, 4], n=3, max_tokens=9, seed=1, presence_penalty=1, ignore_eos=True)
+            seen.append([choice.token_ids for choice in result.choices])
+    assert seen[0] == seen[1]
+
+
 async def test_preempted_sequences_go_on_where_they_were(toy: Opener) -> None:
     """Five sequences of 50 tokens in a pool of 80: they take turns, and none loses or repeats a token."""
     async with toy(ToyBackend(pages=20, page_tokens=4), seed=1) as engine:
