@@ -42,7 +42,6 @@ _DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", _DIGIT)
 _FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")
 _UNSTATED = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")    # what llama.cpp does without a name
 
@@ -60,7 +59,6 @@ _KINDS: tuple[tuple[Split, str], ...] = (
     (Split((TEKKEN,), ignore_merges=True, add_bos=True), "tekken"),
     (Split((GPT4O,)), "gpt-4o llama4 kanana2 talkie minimax-m2"),
     (Split(_DEEPSEEK3), "deepseek-v3 hunyuan-dense joyai-llm hy_v4"),
-    (Split(_DEEPSEEK_CODER), "deepseek-coder"),
     (Split(_FALCON), "falcon"),
 )
 

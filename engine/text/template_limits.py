@@ -164,7 +164,7 @@ def check_spec(spec: str) -> None:
         raise TooMuch(f"it pads a text to more than {MAX_WIDTH:,} characters")
 
 
-def _replaced(text: Any, old: Any, new: Any, *_: Any) -> None:
+def _replaced(text: Any, old: Any, new: Any, *_: Any, **__: Any) -> None:
     text, old, new = str(text), str(old), str(new)
     fit(len(text) + text.count(old) * len(new))
 
@@ -173,22 +173,22 @@ def _joined(separator: str, items: list[Any]) -> None:
     fit(measure(items) + len(separator) * len(items))
 
 
-def _indented(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
+def _indented(text: Any, width: Any, *_: Any) -> None:
     added = len(width) if isinstance(width, str) else int(width)
     fit(len(str(text)) + (str(text).count("\n") + 1) * max(added, 0))
 
 
-def _rounded(_: Any, precision: Any = 0, *__: Any) -> None:
+def _rounded(_: Any, precision: Any, *__: Any) -> None:
     if abs(int(precision)) > 400:
         raise TooMuch(f"it rounds to {precision} digits")
 
 
-def _chunked(_: Any, count: Any, fill_with: Any = None) -> None:
+def _chunked(_: Any, count: Any, fill_with: Any) -> None:
     if int(count) > MAX_WIDTH or isinstance(fill_with, list | tuple | Mapping):
         raise TooMuch(f"it cuts a list into {count} or fills it with a list")
 
 
-def _summed(items: list[Any], _: Any = None, start: Any = 0) -> None:
+def _summed(items: list[Any], _: Any, start: Any) -> None:
     lengths = [len(item) for item in [start, *items] if hasattr(item, "__len__")]
     fit(sum(lengths) * len(lengths))       # sum() of lists copies what it has at every step
 
@@ -198,7 +198,7 @@ def _parsed(value: Any, *_: Any) -> None:
         raise TooMuch(f"it reads a number of {len(value):,} characters")
 
 
-def _json(value: Any, _: Any = False, indent: Any = None, *__: Any) -> None:
+def _json(value: Any, _: Any, indent: Any, *__: Any) -> None:
     level = len(indent) if isinstance(indent, str) else int(indent or 0)
     measure(value, per_level=max(level, 0))
 
@@ -209,14 +209,15 @@ def _formatted(pattern: Any, *args: Any, **kwargs: Any) -> None:
 
 Check = Callable[..., None]
 
-# Filters that make more than they get. The others give at most a small multiple of their input.
+# Filters that make more than they get; a check is given all arguments in the order of the filter's signature. The others
+# give at most a small multiple of their input.
 FILTER_CHECKS: dict[str, Check] = {
     "batch": _chunked,
-    "center": lambda text, width=80: fit(int(width)),
+    "center": lambda text, width: fit(int(width)),
     "format": _formatted,
     "indent": _indented,
     "int": _parsed,
-    "join": lambda items, separator="", *_: _joined(str(separator), items),
+    "join": lambda items, separator, _: _joined(str(separator), items),
     "replace": _replaced,
     "round": _rounded,
     "slice": _chunked,

@@ -2,8 +2,10 @@
 
 The sandbox alone stops attribute tricks, not a loop without end or a text of terabytes. Every way to do something goes
 through one of the hooks here: loop turns and `~` by the code generator, operators, calls, filters, tests and outputs.
+Longer than most files, so that all the hooks can be checked against one another.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, cast
@@ -214,6 +216,7 @@ def _written(_: Context, value: Any) -> Any:
 def _guarded(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
     check, shallow, eager = limits.FILTER_CHECKS.get(name), name in SHALLOW, name in EAGER
     skipped = 1 if hasattr(filter_, "jinja_pass_arg") else 0   # the context, or the like, comes first
+    bind = _binder(filter_)
 
     @wraps(filter_)                        # keeps the mark that says what it wants first
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -225,10 +228,25 @@ def _guarded(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
             for value in (*values, *kwargs.values()):
                 limits.measure(value)
         if check is not None:
-            check(*values, **kwargs)
+            bound, rest = bind(values, kwargs)
+            check(*bound, **rest)
         return filter_(*head, *values, **kwargs)
 
     return guarded
+
+
+def _binder(filter_: Callable[..., Any]) -> Callable[[list[Any], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A function that puts a filter's arguments in the order of its signature, whether they were named or not."""
+    plain = inspect.unwrap(filter_)        # Jinja wraps some so that they take a context that their signature lacks
+    signature = inspect.signature(plain)
+    context: tuple[Any, ...] = (None,) if hasattr(plain, "jinja_pass_arg") else ()
+
+    def bind(values: list[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        bound = signature.bind(*context, *values, **kwargs)
+        bound.apply_defaults()
+        return bound.args[len(context) :], bound.kwargs
+
+    return bind
 
 
 def _comparing(test: Callable[..., Any]) -> Callable[..., bool]:

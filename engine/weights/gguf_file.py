@@ -3,6 +3,7 @@
 checkpoint.py opens it, the families and engine/text read its metadata. A model file is hostile until proven otherwise:
 every length, count and offset is compared with the bytes that are left BEFORE it is used, so a file of n bytes never
 costs more than a small multiple of n in time or memory. It never copies a tensor and never interprets weights.
+Reader and cursor stay in one file, so that every bound can be seen beside what it guards.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -114,13 +115,14 @@ class GgufFile:
 
     def release(self, tensor: RawTensor) -> None:
         """Let the pages that lie wholly within `tensor` leave memory; they are read from the file again when touched."""
-        if sys.platform == "win32" or not hasattr(self._map, "madvise") or self._map.closed:
-            return
-        start = tensor.data.ctypes.data - self._address
-        first = start + -start % mmap.PAGESIZE
-        length = (start + tensor.data.size - first) // mmap.PAGESIZE * mmap.PAGESIZE
-        if length > 0:
-            self._map.madvise(mmap.MADV_DONTNEED, first, length)
+        if sys.platform != "win32":        # where there is no madvise, the system takes pages back by itself
+            if self._map.closed:
+                return
+            start = tensor.data.ctypes.data - self._address
+            first = start + -start % mmap.PAGESIZE
+            length = (start + tensor.data.size - first) // mmap.PAGESIZE * mmap.PAGESIZE
+            if length > 0:
+                self._map.madvise(mmap.MADV_DONTNEED, first, length)
 
     @property
     def _address(self) -> int:

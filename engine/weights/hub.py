@@ -86,7 +86,7 @@ def _download(model_id: str, file: str, token: str | None, revision: str | None)
         raise ModelNotFound(f"{where}: {_cure(error)}") from error
     except HFValidationError as error:
         raise ModelNotFound(f"{model_id[:200]!r} is no hub id: write it as owner/name") from error
-    except (OSError, ValueError) as error:
+    except Exception as error:             # the disk's errors, and those of the hub's HTTP library, which may change
         raise ModelNotFound(f"{where}: the download failed ({error}): try again, or download it by hand") from error
 
 

@@ -1,0 +1,67 @@
+"""The console script `rillet`: chat is engine's own, other commands come from the entry points `rillet.commands`.
+
+So the engine starts the server without importing it. A command is a function of its arguments that returns an exit code.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from typing import cast
+
+from engine import __version__
+
+__all__ = ["main"]
+
+GROUP = "rillet.commands"
+Command = Callable[[Sequence[str]], int | None]
+HELP = {
+    "chat": "chat with a model in the terminal or through a pipe",
+    "serve": "serve a model to OpenAI clients over HTTP",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `rillet COMMAND ...` and return its exit code; 2 for an unknown command."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    match name:
+        case "--version":
+            print(f"rillet {__version__}")
+            return 0
+        case "--help" | "-h" | "help":
+            print(_help())
+            return 0
+        case "chat":
+            from engine import chat
+
+            return chat.main(rest)
+    try:
+        command = _command(name)
+    except ImportError as error:
+        print(f"rillet {name}: it cannot be loaded ({error}): pip install --force-reinstall rillet", file=sys.stderr)
+        return 1
+    if command is None:
+        close = difflib.get_close_matches(name, _names(), 1)
+        cure = f"did you mean {close[0]}?" if close else f"there are {', '.join(_names())}"
+        print(f"rillet: {name[:40]!r} is no command: {cure}", file=sys.stderr)
+        return 2
+    return command(rest) or 0
+
+
+def _names() -> list[str]:
+    return ["chat", *sorted(entry_points(group=GROUP).names)]
+
+
+def _command(name: str) -> Command | None:
+    points = entry_points(group=GROUP, name=name)
+    return cast(Command, next(iter(points)).load()) if points else None
+
+
+def _help() -> str:
+    lines = [f"  rillet {name:<8} {HELP.get(name, '')}".rstrip() for name in _names()]
+    options = ["  rillet --version", "  rillet COMMAND --help   lists the command's flags"]
+    return "\n".join(["An async streaming LLM engine without PyTorch.", "", *lines, *options])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
