@@ -95,7 +95,7 @@ class Scheduler:
         victim = self.running[-1]
         self._give_back(victim)
         victim.state, victim.computed, victim.settled = State.WAITING, 0, 0
-        self.waiting.appendleft(victim)
+        insort(self.waiting, victim, key=_age)
         self.preemptions += 1
         return victim
 
@@ -232,7 +232,7 @@ class Scheduler:
         if request.forked or len(request.sequences) == 1:
             return [sequence]
         request.forked = True
-        drawing, late = [sequence], []
+        drawing = [sequence]
         for fork in request.sequences[1:]:
             fork.recorded = fork.prompt_length              # what is wanted of the prompt, the first choice tells
             if self._lanes.free and len(drawing) <= spare:
@@ -243,8 +243,7 @@ class Scheduler:
                 self._enter(fork)
                 drawing.append(fork)
             else:
-                late.append(fork)
-        self.waiting.extendleft(reversed(late))
+                insort(self.waiting, fork, key=_age)
         if end % self.pool.page_tokens and len(drawing) > 1:
             self._forks += drawing
         return drawing

@@ -95,10 +95,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests.append(request)
         self.scheduler.add(request)
 
+    @precondition(lambda self: any(request.mailbox.tokens.get(0) for request in self.requests))
+    @rule(keywords=wishes, data=st.data(), more=st.lists(st.integers(0, 2), max_size=5))
+    def go_on(self, keywords: dict, data: st.DataObject, more: list[int]) -> None:
+        """A next turn: an earlier prompt with its answer, and more."""
+        earlier = data.draw(st.sampled_from([request for request in self.requests if request.mailbox.tokens.get(0)]))
+        prompt = [*earlier.prompt, *earlier.mailbox.tokens[0], *more][: CONTEXT - 4]
+        self.add(prompt, {**keywords, "cache_salt": earlier.params.cache_salt})
+
     @rule(lookahead=st.booleans())
     def step(self, lookahead: bool) -> None:
         """One turn of the core: plan and submit k + 1, wait and deliver k; without lookahead k + 1 is waited for at once."""
+        oldest = self.scheduler.running[0] if self.scheduler.running else None
         plan = self.scheduler.plan()
+        assert oldest is None or oldest.state is State.RUNNING, "the oldest was preempted"
         ticket = self.backend.submit(plan.step) if plan is not None else None
         if self.flying is not None:
             self.scheduler.deliver(self.flying[0], self.backend.wait(self.flying[1]))
@@ -149,8 +159,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def age_decides(self) -> None:
-        ages = [(s.request.number, s.choice) for s in self.scheduler.running]
-        assert ages == sorted(ages)
+        for queue in (self.scheduler.running, self.scheduler.waiting):
+            ages = [(s.request.number, s.choice) for s in queue]
+            assert ages == sorted(ages)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
