@@ -1,0 +1,187 @@
+"""`python -m server` and `rillet serve`: hypercorn in this process, with an orderly end and an exit code that tells.
+
+0 after a drain that was asked for; 1 when the model could not be loaded, the port is taken or the engine died; 2 for a
+wrong flag. One line with the address goes to stdout when the model is ready, one sentence to stderr when something failed.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+from hypercorn.asyncio import serve
+from hypercorn.config import Config
+
+from engine import ConfigError, RilletError
+from server.app import RilletApp, create_app
+from server.settings import ServerSettings, configure_logging, settings_from_flags
+
+__all__ = ["main", "run"]
+
+FLUSH_S = 5.0                                            # for last events to reach their clients after the drain
+CLOSE_S = 10.0                                           # for hypercorn and the engine to end after that
+FAILED, WRONG_FLAG, INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until a signal; the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        config, settings = settings_from_flags(given, os.environ, "python -m server")
+    except ConfigError as error:
+        print(f"rillet: {error}", file=sys.stderr)
+        return WRONG_FLAG
+    try:
+        listener = _listen(settings)
+    except OSError as error:
+        where, why = f"{settings.host}:{settings.port}", error.strerror or error
+        print(f"rillet: cannot listen on {where}: {why}: choose another --host or --port", file=sys.stderr)
+        return FAILED
+    configure_logging(settings.log_level)
+    return run(create_app(config, settings), listener)
+
+
+def run(app: RilletApp, listener: socket.socket) -> int:
+    """Serve an app on a bound socket until a signal or its engine's failure; the exit code."""
+
+    async def process() -> int:
+        return await Process(app, listener).run()
+
+    return asyncio.run(process())
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    """The socket, bound before the model loads, so that a taken port is told at once."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    if os.name != "nt":                                  # there it would let two servers share a port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _hypercorn_config(listener: socket.socket) -> Config:
+    config = Config.from_object("server.hypercorn_config")
+    config.workers = 1                                   # means nothing here, but 0 would warn
+    config.loglevel = "WARNING"
+    config.bind = [f"fd://{listener.detach()}"]
+    config.graceful_timeout = FLUSH_S                    # we drained already
+    return config
+
+
+class Process:
+    """One run of the server, from its start to its exit code."""
+
+    def __init__(self, app: RilletApp, listener: socket.socket) -> None:
+        self.app = app
+        host, port = listener.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self._listener = listener
+        self._asked_to_end = asyncio.Event()
+        self._interrupts = 0
+
+    async def run(self) -> int:
+        self._catch_signals()
+        ending = asyncio.Event()
+        serving = asyncio.create_task(
+            serve(self.app, _hypercorn_config(self._listener), shutdown_trigger=ending.wait)
+        )
+        code = await self._until_end(serving)
+        ending.set()
+        await asyncio.wait([serving], timeout=CLOSE_S)   # a connection that never ends must not keep us
+        if not serving.done():
+            self._leave(code)
+        if (error := serving.exception()) is not None:
+            print(f"rillet: the server failed: {type(error).__name__}: {error}", file=sys.stderr)
+            return FAILED
+        return code
+
+    async def _until_end(self, serving: asyncio.Task[None]) -> int:
+        """Until a signal (then drain), or until something failed."""
+        host = self.app.host
+        announced = asyncio.create_task(self._announce())
+        asked = asyncio.create_task(self._asked_to_end.wait())
+        failed = asyncio.create_task(host.wait_failed())
+        try:
+            await asyncio.wait([asked, failed, serving], return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                print(f"rillet: {_sentence(host.failure)}", file=sys.stderr, flush=True)
+                await self._flush()
+                return FAILED
+            if serving.done():
+                return FAILED
+            await self._drain(failed)
+            return 0 if host.failure is None else FAILED
+        finally:
+            for task in (announced, asked, failed):
+                task.cancel()
+            await asyncio.wait([announced, asked, failed])
+
+    async def _announce(self) -> None:
+        host = self.app.host
+        await host.wait_settled()
+        if host.failure is None and host.state == "ready":
+            engine = host.engine
+            print(f"Rillet serves {engine.model_name} at {self.url}/v1 on {engine.device}", flush=True)
+
+    async def _drain(self, failed: "asyncio.Task[Exception]") -> None:
+        drain = asyncio.create_task(self.app.host.drain(self.app.settings.drain_s))
+        await asyncio.wait([drain, failed], return_when=asyncio.FIRST_COMPLETED)
+        drain.cancel()
+        await asyncio.wait([drain])
+        await self._flush()
+
+    async def _flush(self) -> None:
+        """Every stream has ended: let the last events go out."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.app.connections.wait_idle(), FLUSH_S)
+
+    # ---- signals ----------------------------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for name in ("SIGTERM", "SIGINT", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            if number is None:
+                continue
+            try:
+                loop.add_signal_handler(number, self._on_signal, name)
+            except NotImplementedError:                  # Windows
+                signal.signal(number, self._from_handler(loop, name))
+
+    def _from_handler(self, loop: asyncio.AbstractEventLoop, name: str) -> Callable[[int, object], None]:
+        def handler(number: int, frame: object) -> None:
+            loop.call_soon_threadsafe(self._on_signal, name)
+
+        return handler
+
+    def _on_signal(self, name: str) -> None:
+        if name == "SIGINT":
+            self._interrupts += 1
+            if self._interrupts > 1:
+                self._leave(INTERRUPTED)
+        self._asked_to_end.set()
+
+    def _leave(self, code: int) -> None:
+        """At once, whatever still runs: a device thread in native code cannot be asked."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _sentence(error: Exception | None) -> str:
+    return str(error) if isinstance(error, RilletError) else f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

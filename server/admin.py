@@ -1,0 +1,61 @@
+"""What can be asked about the server: /health, /ready, /version, /v1/models. Routed to by server.app; changes nothing.
+
+/health says whether the process should live (200 while loading), /ready whether it should get requests.
+"""
+
+from typing import Any
+
+from quart import Response
+
+from engine import __version__
+from server.host import EngineHost
+from server.responses import ModelCard, ModelList
+from server.sse import encode
+
+__all__ = ["health", "model", "models", "ready", "version"]
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(encode(value), status=status, content_type="application/json")
+
+
+def _state(host: EngineHost) -> dict[str, Any]:
+    state: dict[str, Any] = {"status": host.state}
+    match host.state:
+        case "loading":
+            state |= {"what": host.loading.what, "done": host.loading.done, "total": host.loading.total}
+        case "failed":
+            state |= {"error": str(host.failure)}
+    return state
+
+
+def health(host: EngineHost) -> Response:
+    """200 while alive, also while loading and draining; 503 when loading failed or the engine is dead."""
+    return _json(_state(host), 503 if host.failure is not None else 200)
+
+
+def ready(host: EngineHost) -> Response:
+    """200 when requests are taken; else 503 with what is going on."""
+    response = _json(_state(host), 200 if host.state == "ready" else 503)
+    if host.state == "loading":
+        response.headers["Retry-After"] = "1"
+    return response
+
+
+def version() -> Response:
+    return _json({"version": __version__})
+
+
+def models(host: EngineHost) -> Response:
+    return _json(ModelList([_card(host)]))
+
+
+def model(host: EngineHost, name: str) -> Response:
+    """Any of the names by which requests may call the model; UnknownModel for others."""
+    host.engine.check_model(name)
+    return _json(_card(host))
+
+
+def _card(host: EngineHost) -> ModelCard:
+    engine = host.engine
+    return ModelCard(engine.model_name, host.created, engine.context_length)

@@ -1,0 +1,170 @@
+"""The ASGI app. `create_app` builds one; `app` is what `hypercorn server.app:app` serves, configured by RILLET_* variables.
+
+Importing this module loads nothing and reads no variable: `app` does both when the server starts it. Routes only translate;
+the work is in server.chat, server.completions, server.admin.
+"""
+
+import asyncio
+import logging
+import os
+import sys
+from typing import Any
+
+from quart import Quart, Response, request
+
+from engine import Engine, EngineConfig, RilletError
+from server import admin, chat, completions
+from server.auth import Keys
+from server.connections import Connections
+from server.errors import answer
+from server.host import EngineHost, MakeEngine
+from server.settings import ServerSettings, configure_logging, settings_from_environment
+from server.transport import Termination, graceful_timeout_s, terminated_of
+
+__all__ = ["RilletApp", "app", "create_app"]
+
+log = logging.getLogger("rillet.server")
+LAST_WORDS_S = 2.0                                       # for which the app still answers why the engine failed
+
+
+class RilletApp(Quart):
+    """Quart with the engine's host and the layer of connections below it."""
+
+    def __init__(self, host: EngineHost, settings: ServerSettings) -> None:
+        super().__init__("server", static_folder=None)
+        self.host = host
+        self.settings = settings
+        self.connections = Connections(settings.stall_s)
+        self.url_map.merge_slashes = False               # an address with // is unknown, not moved
+        self.config["MAX_CONTENT_LENGTH"] = settings.body_bytes
+        self.config["BODY_TIMEOUT"] = settings.body_s
+        self.config["RESPONSE_TIMEOUT"] = None           # Connections watches; Quart would cut without a word
+        self.before_serving(self._start)
+        self.after_serving(self._close)
+
+    async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await self.connections.serve(super().asgi_app, scope, receive, send)
+        else:
+            await super().asgi_app(scope, receive, send)
+
+    async def _start(self) -> None:
+        self.host.start()
+
+    async def _close(self) -> None:
+        await self.host.close()
+        await self.connections.close()
+
+
+def create_app(
+    config: EngineConfig, settings: ServerSettings | None = None, *, make_engine: MakeEngine | None = None
+) -> RilletApp:
+    """An app that loads its engine in the background once it is served. `make_engine` is used instead of the config's own
+    engine: it gets a progress callback and returns an Engine that was not entered."""
+    settings = settings or ServerSettings()
+    host = EngineHost(make_engine or (lambda progress: Engine(config, progress=progress)))
+    app = RilletApp(host, settings)
+    keys = Keys(settings.api_keys)
+
+    @app.before_request
+    async def check_key() -> None:
+        keys.check(request.method, request.path, request.headers.get("Authorization"))
+
+    @app.errorhandler(Exception)
+    async def tell(error: Exception) -> Response:
+        return answer(error)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions() -> Response:
+        return await chat.chat_completions(host, settings)
+
+    @app.post("/v1/completions")
+    async def text_completions() -> Response:
+        return await completions.completions(host, settings)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return admin.models(host)
+
+    @app.get("/v1/models/<path:name>")
+    async def model(name: str) -> Response:
+        return admin.model(host, name)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return admin.health(host)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        return admin.ready(host)
+
+    @app.get("/version")
+    async def version() -> Response:
+        return admin.version()
+
+    return app
+
+
+class _EnvironmentApp:
+    """The app of the RILLET_* variables, made at the server's start. It owns what `python -m server` does otherwise: the
+    end of the process when the engine fails, and draining when hypercorn was told to end."""
+
+    def __init__(self) -> None:
+        self._app: RilletApp | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._watching = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            try:
+                self._app = self._make()
+            except RilletError as error:
+                log.error("%s", error)
+                await receive()
+                await send({"type": "lifespan.startup.failed", "message": str(error)})
+                return
+        assert self._app is not None, "the server must speak ASGI's lifespan"
+        terminated = terminated_of(send)
+        if terminated is not None and not self._watching:
+            self._watching = True
+            drain = self._drain_at(self._app, terminated, graceful_timeout_s(send))
+            self._tasks.append(asyncio.create_task(drain, name="rillet-drain"))
+        await self._app(scope, receive, send)
+
+    def _make(self) -> RilletApp:
+        config, settings = settings_from_environment(os.environ)
+        configure_logging(settings.log_level)
+        for variable in ("RILLET_HOST", "RILLET_PORT"):
+            if variable in os.environ:
+                log.warning("%s is for `python -m server`: give hypercorn -b HOST:PORT", variable)
+        app = create_app(config, settings)
+
+        @app.before_serving
+        async def watch() -> None:
+            self._tasks.append(asyncio.create_task(self._exit_on_failure(app), name="rillet-failure"))
+
+        @app.after_serving
+        async def stop() -> None:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
+
+        return app
+
+    async def _exit_on_failure(self, app: RilletApp) -> None:
+        await app.host.wait_failed()
+        await asyncio.sleep(LAST_WORDS_S)
+        log.error("the process ends, because the engine failed")
+        asyncio.get_running_loop().call_soon(sys.exit, 1)   # out of the loop: hypercorn's own ways end with 0
+
+    async def _drain_at(self, app: RilletApp, terminated: Termination, graceful_s: float | None) -> None:
+        """Last events must go out before hypercorn cuts connections; its default leaves 3 s."""
+        await terminated.wait()
+        deadline_s = app.settings.drain_s
+        if graceful_s is not None:
+            deadline_s = min(deadline_s, max(0.0, graceful_s - 1.0))
+        log.info("the server ends: running answers have %.0f s", deadline_s)
+        await app.host.drain(deadline_s)
+
+
+app = _EnvironmentApp()

@@ -1,0 +1,19 @@
+"""How hypercorn should run us: `hypercorn -c python:server.hypercorn_config -w 0 server.app:app`.
+
+`python -m server` uses the same values. One worker only, since each would load the model again; `-w 0` (no extra process)
+lets the exit code tell that the engine died. Every lower-case name here is a setting of hypercorn.
+"""
+
+backlog = 1024                          # bursts of connections that wait to be accepted
+graceful_timeout = 40.0                 # above the drain deadline of 30 s, so that last events still go out
+shutdown_timeout = 60.0
+startup_timeout = 60.0                  # the model loads in the background, starting takes no time
+keep_alive_timeout = 75.0               # longer than clients keep theirs, so that none sends into a closing connection
+keep_alive_max_requests = 100_000
+h11_max_incomplete_size = 16 * 1024     # request line and headers
+h2_max_concurrent_streams = 1000
+max_app_queue_size = 10
+include_server_header = False
+errorlog = "-"
+accesslog = None                        # server.connections writes a line without queries
+workers = 0

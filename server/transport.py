@@ -1,0 +1,41 @@
+"""The one place that knows how hypercorn is built: what lies behind an ASGI `send`.
+
+server.connections asks it for the socket's transport (to cut off a client that reads nothing) and for the event of the
+server's end (to drain before connections are cut). Under another server, or if hypercorn changes, both answers are None:
+then a stalled answer is cancelled but its socket lives until the client goes, and draining starts with the lifespan's end.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+__all__ = ["Termination", "graceful_timeout_s", "terminated_of", "transport_of"]
+
+
+class Termination(Protocol):
+    """hypercorn's event that is set when a signal ends the server, before connections are cut."""
+
+    def wait(self) -> Coroutine[Any, Any, None]: ...
+
+
+def _owner(method: Any) -> Any:
+    return getattr(method, "__self__", None)
+
+
+def transport_of(send: Callable[..., Any]) -> asyncio.WriteTransport | None:
+    """The transport that `send` writes to: HTTPStream.send -> H11Protocol.send -> TCPServer.writer."""
+    connection = _owner(getattr(_owner(getattr(_owner(send), "send", None)), "send", None))
+    transport = getattr(getattr(connection, "writer", None), "transport", None)
+    return transport if isinstance(transport, asyncio.WriteTransport) else None
+
+
+def terminated_of(send: Callable[..., Any]) -> Termination | None:
+    """The event that the server sets when it begins to end."""
+    terminated = getattr(getattr(_owner(send), "context", None), "terminated", None)
+    return terminated if asyncio.iscoroutinefunction(getattr(terminated, "wait", None)) else None
+
+
+def graceful_timeout_s(send: Callable[..., Any]) -> float | None:
+    """How long the server lets answers go on after that."""
+    timeout = getattr(getattr(_owner(send), "config", None), "graceful_timeout", None)
+    return float(timeout) if isinstance(timeout, (int, float)) else None
