@@ -104,15 +104,15 @@ async def _null_run() -> tuple[float, float]:
 
 @contextmanager
 def _one_core() -> Iterator[None]:
-    if not hasattr(os, "sched_setaffinity"):
+    if sys.platform == "linux":
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(cores)})
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, cores)
+    else:
         yield
-        return
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 # ---- from the command to the first token ----------------------------------------------------------------------------------

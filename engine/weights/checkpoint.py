@@ -86,10 +86,9 @@ def _gguf_checkpoint(path: Path, file: GgufFile) -> Checkpoint:
     tensors = _GgufTensors(file, canonical_names(file.tensors, str(path)))
     _check(spec, tensors, path)
     tokenizer = read_gguf_tokenizer(values, str(path), spec.vocabulary_size)
-    name = values.get("general.name")
     return Checkpoint(
         path=path,
-        name=name if isinstance(name, str) and name else path.stem,
+        name=path.stem,                    # general.name is for people: it has spaces and says nothing of the file
         spec=spec,
         tensors=tensors,
         tokenizer=tokenizer,

@@ -12,13 +12,13 @@ import llama_cpp
 import numpy as np
 
 TEXT = """The lighthouse keeper had lived alone on the rock for eleven years. Every evening, before the sun went down, he
-climbed the one hundred and twelve steps to the lamp and wound the clockwork that turned the great lens. In winter the sea
-broke over the lower windows, and he would read aloud to himself so that he did not forget the sound of a voice. One
-morning in March a small boat came round the point with its sail torn and nobody at the helm. He went down to the landing
-with a rope and a hook. Water boils at 100 degrees Celsius at sea level. def fibonacci(n): return n if n < 2 else
-fibonacci(n - 1) + fibonacci(n - 2). The capital of Italy is Rome, the capital of Spain is Madrid, and the capital of
-Portugal is Lisbon. Photosynthesis turns carbon dioxide and water into sugar and oxygen, using the energy of light. Every green leaf does this
-work, all day long, in silence."""
+climbed the one hundred and twelve steps to the lamp and wound the clockwork that turned the great lens. In winter
+the sea broke over the lower windows, and he would read aloud to himself so that he did not forget the sound of a
+voice. One morning in March a small boat came round the point with its sail torn and nobody at the helm. He went
+down to the landing with a rope and a hook. Water boils at 100 degrees Celsius at sea level. def fibonacci(n):
+return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2). The capital of Italy is Rome, the capital of Spain is
+Madrid, and the capital of Portugal is Lisbon. Photosynthesis turns carbon dioxide and water into sugar and
+oxygen, using the energy of light. Every green leaf does this work, all day long, in silence."""
 POSITIONS = 200
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import transformers
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 CASES = {
     "default": {"rope_type": "default"},

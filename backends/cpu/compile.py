@@ -1,0 +1,69 @@
+"""A second process that compiles attention and sampling on a first start, while this one compiles the rest.
+
+session.py starts it when Numba's cache does not have them; `python -m backends.cpu.compile` is what it runs. Numba compiles
+under one lock, so that a thread would not help. Without a second core, or if the process fails, this one compiles all.
+"""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from backends.cpu.host import usable_cores
+from backends.cpu.kernels.attention import attend
+from backends.cpu.kernels.sampling import sample
+from backends.cpu.model import make_cache, step_shape
+from backends.cpu.ops import Ops
+from backends.cpu.rope import Rotation
+from backends.cpu.sampler import Sampler
+from backends.cpu.warm_up import VOCABULARY, tiny_spec, warm_up_step
+from backends.cpu.weights import LayerWeights, Stack
+
+__all__ = ["compiling_aside"]
+
+log = logging.getLogger(__name__)
+PATIENCE_S = 120
+
+
+@contextmanager
+def compiling_aside() -> Iterator[None]:
+    """Run the helper process while the block runs, if it is of use, and wait for it at the block's end."""
+    if usable_cores() < 2 or not sys.executable or getattr(sys, "frozen", False) or (cached(attend) and cached(sample)):
+        yield
+        return
+    command = [sys.executable, "-m", "backends.cpu.compile"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as helper:  # noqa: S603
+        try:
+            yield
+            helper.wait(PATIENCE_S)
+        except BaseException as error:
+            helper.kill()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+    if helper.returncode:
+        log.info("the process that compiles kernels ended with %d: compiling them here", helper.returncode)
+
+
+def cached(kernel: object) -> bool:
+    """Whether Numba's cache has an index of the kernel; a stale one costs time, no more."""
+    function, folder = kernel.py_func, kernel.stats.cache_path  # type: ignore[attr-defined]
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}-"
+    return folder is not None and any(Path(folder).glob(f"{name}*.nbi"))
+
+
+def main() -> None:
+    """Call both kernels as a step does, so that their signatures are a step's."""
+    spec, step, none, stack = tiny_spec(), warm_up_step(2), np.empty(0, np.float32), Stack(0, ())
+    weights = LayerWeights(none, stack, none, none, none, stack, none, none, none, stack, stack, none)
+    ops, layer = Ops(1, spec.norm_epsilon), spec.layers[0].attention
+    qkv = ops.rows("qkv", 2, (layer.heads + 2 * layer.kv_heads) * layer.head_size)
+    ops.attention(qkv, 0, layer, weights, make_cache(spec, 1), step_shape(spec, step, Rotation.of(layer.rope)))
+    Sampler(VOCABULARY, 1).draw(step, np.empty(0, np.int32), lambda at: np.zeros((len(at), VOCABULARY), np.float32))
+
+
+if __name__ == "__main__":
+    main()

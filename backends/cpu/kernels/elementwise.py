@@ -1,0 +1,94 @@
+"""Row by row operations: rms norm, gated activations, adding.
+
+ops.py calls these. Each writes, beside its values, the sums over 16 columns that the quantized linear kernels want.
+"""
+
+import numpy as np
+from numba import prange
+from numpy.typing import NDArray
+
+from backends.cpu.kernels.arithmetic import exponential, group_sums, tanh
+from backends.cpu.kernels.jit import inner, kernel, signed
+
+__all__ = ["add_bias", "add_rows", "gated", "rms_norm", "sum_groups"]
+
+Floats = NDArray[np.float32]
+
+ONE, HALF = np.float32(1), np.float32(0.5)
+GELU_A, GELU_B = np.float32(0.7978845608028654), np.float32(0.044715)   # sqrt(2 / pi)
+
+
+@kernel
+def sum_groups(values: Floats, sums: Floats, tokens: int) -> None:
+    for token in prange(tokens):
+        group_sums(values, sums, signed(token))
+
+
+@inner
+def inverse_rms(x: Floats, t: int, epsilon: np.float32) -> np.float32:
+    s0 = s1 = s2 = s3 = np.float32(0)      # four chains, because each addition waits for the one before it
+    columns = x.shape[1]
+    whole = columns // 4 * 4
+    for k in range(0, whole, 4):
+        s0 += x[t, k] * x[t, k]
+        s1 += x[t, k + 1] * x[t, k + 1]
+        s2 += x[t, k + 2] * x[t, k + 2]
+        s3 += x[t, k + 3] * x[t, k + 3]
+    for k in range(whole, columns):
+        s0 += x[t, k] * x[t, k]
+    return np.float32(ONE / np.sqrt((s0 + s1 + s2 + s3) / np.float32(columns) + epsilon))
+
+
+@kernel
+def rms_norm(x: Floats, weight: Floats, epsilon: np.float32, out: Floats, sums: Floats, tokens: int) -> None:
+    for token in prange(tokens):
+        t = signed(token)
+        scale = inverse_rms(x, t, epsilon)
+        for k in range(x.shape[1]):
+            out[t, k] = x[t, k] * scale * weight[k]
+        group_sums(out, sums, t)
+
+
+@inner
+def silu_row(gate_up: Floats, out: Floats, t: int) -> None:
+    width = out.shape[1]
+    for k in range(width):
+        gate = gate_up[t, k]
+        out[t, k] = gate / (ONE + exponential(-gate)) * gate_up[t, width + k]
+
+
+@inner
+def gelu_row(gate_up: Floats, out: Floats, t: int) -> None:
+    width = out.shape[1]
+    for k in range(width):
+        gate = gate_up[t, k]
+        curve = ONE + tanh(GELU_A * (gate + GELU_B * gate * gate * gate))
+        out[t, k] = HALF * gate * curve * gate_up[t, width + k]
+
+
+@kernel
+def gated(gate_up: Floats, is_silu: bool, out: Floats, sums: Floats, tokens: int) -> None:
+    """activation(gate) * up; gate_up is (T, 2 F): gate, then up."""
+    for token in prange(tokens):
+        t = signed(token)
+        if is_silu:
+            silu_row(gate_up, out, t)
+        else:
+            gelu_row(gate_up, out, t)
+        group_sums(out, sums, t)
+
+
+@kernel
+def add_rows(x: Floats, branch: Floats, tokens: int) -> None:
+    for token in prange(tokens):
+        t = signed(token)
+        for k in range(x.shape[1]):
+            x[t, k] += branch[t, k]
+
+
+@kernel
+def add_bias(x: Floats, bias: Floats, tokens: int) -> None:
+    for token in prange(tokens):
+        t = signed(token)
+        for k in range(x.shape[1]):
+            x[t, k] += bias[k]

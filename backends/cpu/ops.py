@@ -1,0 +1,146 @@
+"""The operations of a forward pass, under the names that papers use. model.py calls them; they call the kernels.
+
+Rows are the activations of a step: values and, for the quantized kernels, their sums over 16 columns. The arrays come
+from a workspace that is kept from step to step and has room for a whole tile of tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.cpu.kernels import attention, elementwise, linear
+from backends.cpu.kernels.arithmetic import GROUP
+from backends.cpu.kernels.position import rotate_and_write
+from backends.cpu.weights import DenseMatrix, Lanes, LayerWeights, Matrix, Stack
+from engine.model.spec import Activation, Attention
+
+__all__ = ["Cache", "Ops", "Rows", "StepShape"]
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Activations: the first `tokens` rows of values count, the rest is room for a whole tile."""
+
+    values: FloatArray     # (T rounded up, columns)
+    sums: FloatArray       # (T rounded up, columns / 16)
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The one page pool, all layers of a page together."""
+
+    keys: FloatArray       # (pages, layers, kv heads, head size, page tokens)
+    values: FloatArray     # (pages, layers, kv heads, page tokens, head size)
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def copy(self, copies: IntArray) -> None:
+        """Copy pages (source, target), in order."""
+        for source, target in copies:
+            self.keys[target] = self.keys[source]
+            self.values[target] = self.values[source]
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """Where a step's tokens stand: rotation, slots and blocks of queries, the same for every layer with the same rope."""
+
+    slots: NDArray[np.int64]      # (T,)
+    blocks: IntArray              # (blocks, 4), see attention.attend
+    tables: IntArray              # (B, W)
+    cosine: FloatArray            # (T, rotary_size / 2)
+    sine: FloatArray
+
+
+class Ops:
+    """Operations and the memory that they write to. A result is valid until the operation of the same name runs again."""
+
+    def __init__(self, workers: int, epsilon: float) -> None:
+        self.workers = workers
+        self.epsilon = np.float32(epsilon)
+        self.workspace: dict[str, Rows] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(rows.values.nbytes + rows.sums.nbytes for rows in self.workspace.values())
+
+    def rows(self, name: str, tokens: int, columns: int) -> Rows:
+        """Rows of the workspace, at least as many as asked for; made anew when they are too small."""
+        rows = self.workspace.get(name)
+        if rows is None or len(rows.values) < tokens or rows.values.shape[1] != columns:
+            room = -(-tokens // linear.TILE) * linear.TILE
+            rows = Rows(np.zeros((room, columns), np.float32), np.zeros((room, columns // GROUP), np.float32), tokens)
+        if rows.tokens != tokens:
+            rows = Rows(rows.values, rows.sums, tokens)
+        self.workspace[name] = rows
+        return rows
+
+    def embed(self, tokens: IntArray, matrix: Matrix, columns: int) -> Rows:
+        out = self.rows("embed", len(tokens), columns)
+        out.values[: len(tokens)] = matrix.take(tokens)
+        return out
+
+    def rms_norm(self, x: Rows, weight: FloatArray, name: str = "rms_norm") -> Rows:
+        out = self.rows(name, x.tokens, x.values.shape[1])
+        elementwise.rms_norm(x.values, weight, self.epsilon, out.values, out.sums, x.tokens)
+        return out
+
+    def linear(self, x: Rows, stack: Stack, name: str) -> Rows:
+        out = self.rows(name, x.tokens, stack.rows)
+        self.apply(x, stack, out, add=False)
+        return out
+
+    def add_linear(self, total: Rows, x: Rows, stack: Stack, bias: FloatArray) -> None:
+        """total += x W^T + bias"""
+        self.apply(x, stack, total, add=True)
+        if len(bias):
+            self.add_bias(total, bias)
+
+    def add_bias(self, x: Rows, bias: FloatArray) -> None:
+        elementwise.add_bias(x.values, bias, x.tokens)
+
+    def add(self, total: Rows, branch: Rows) -> None:
+        elementwise.add_rows(total.values, branch.values, total.tokens)
+
+    def apply(self, x: Rows, stack: Stack, out: Rows, *, add: bool) -> None:
+        first = 0
+        for matrix in stack.matrices:
+            apply_matrix(x, matrix, out.values, first, add=add)
+            first += matrix.rows
+
+    def gated(self, gate_up: Rows, activation: Activation) -> Rows:
+        """activation(gate) * up"""
+        out = self.rows("gated", gate_up.tokens, gate_up.values.shape[1] // 2)
+        elementwise.gated(gate_up.values, activation == "silu", out.values, out.sums, out.tokens)
+        return out
+
+    def attention(self, qkv: Rows, layer: int, spec: Attention, weights: LayerWeights, cache: Cache, at: StepShape) -> Rows:
+        """Biases, q/k norm and rope; keys and values into their pages; softmax(scale q k) v."""
+        rotate_and_write(
+            qkv.values, weights.qkv_bias, weights.query_norm, weights.key_norm, self.epsilon, at.cosine, at.sine,
+            spec.rope.interleaved, at.slots, cache.keys, cache.values, layer,
+        )  # fmt: skip
+        out = self.rows("attention", qkv.tokens, spec.heads * spec.head_size)
+        attention.attend(
+            qkv.values, cache.keys, cache.values, layer, at.blocks, at.tables, np.float32(spec.scale),
+            spec.sliding_window or 0, np.float32(spec.soft_cap or 0), self.workers, out.values, out.sums,
+        )  # fmt: skip
+        if spec.head_size % GROUP:
+            elementwise.sum_groups(out.values, out.sums, out.tokens)
+        return out
+
+
+def apply_matrix(x: Rows, matrix: Matrix, out: FloatArray, first: int, *, add: bool) -> None:
+    """Write (or add) x W^T to the columns of `out` from `first` on."""
+    match matrix:
+        case Lanes(rows=rows, words=words, scale=scale, minimum=minimum):
+            linear.lanes(x.values, x.sums, words, scale, minimum, rows, out, first, add, x.tokens)
+        case DenseMatrix(rows=rows, weight=weight):
+            linear.dense(x.values, weight, rows, out, first, add, x.tokens)
