@@ -1,4 +1,4 @@
-"""Chat, through a pipe and in a terminal: in this process over the toy backend, and as a person runs it, with the demo model."""
+"""Chat, through a pipe and in a terminal: in this process with a script for a model, and as a person runs it."""
 
 import fcntl
 import io
@@ -221,7 +221,7 @@ async def terminal(script: Any) -> AsyncIterator[tuple[Callable[[str], None], io
 async def test_commands_in_the_terminal(tmp_path: Path) -> None:
     script = Script(["Gra\x1b[2Jvity."])
     path = tmp_path / "c.json"
-    async with terminal(script) as (send, shown, chat, left):
+    async with terminal(script) as (send, shown, _, left):
         send(f"/system Be brief.\rWhat falls?\r/save {path}\r/save\r/load {path}x\r/load {path}\r/nonsense\r/help\r/exit\r")
         await left.wait()
     text = shown.getvalue()
@@ -244,7 +244,7 @@ async def test_ctrl_c_at_the_prompt_clears_the_line_then_the_history_then_leaves
 
 @pytest.mark.anyio
 async def test_ctrl_d_leaves_and_reset_forgets() -> None:
-    async with terminal(Script(["A"], ["B"])) as (send, shown, chat, left):
+    async with terminal(Script(["A"], ["B"])) as (send, _, chat, left):
         send("a\r/reset\rb\r\x04")
         await left.wait()
     assert [message.content for message in chat.turns] == ["b", "B"]
@@ -262,7 +262,7 @@ async def test_a_full_context_is_a_sentence_and_the_chat_goes_on() -> None:
 @pytest.mark.anyio
 async def test_a_paste_of_many_lines_is_one_turn() -> None:
     script = Script(["A"], ["B"], ["C"])
-    async with terminal(script) as (send, shown, chat, left):
+    async with terminal(script) as (send, _, _, left):
         send("\x1b[200~one\ntwo\x1b[201~\rthree\x1b\rfour\r /etc is a folder\r\x04")
         await left.wait()
     assert [messages[-1].content for messages in script.asked] == ["one\ntwo", "three\nfour", "/etc is a folder"]
@@ -361,7 +361,9 @@ def test_a_reader_that_leaves_ends_the_chat_without_a_traceback(demo_path: Path)
     with subprocess.Popen(
         [*CHAT, "--max-tokens", "3"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdin and process.stdout and process.stderr
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
         process.stdout.close()
         process.stdin.write("hello\n")
         process.stdin.close()
@@ -371,7 +373,8 @@ def test_a_reader_that_leaves_ends_the_chat_without_a_traceback(demo_path: Path)
 
 def test_ctrl_c_while_loading_ends_at_once(demo_path: Path) -> None:
     with subprocess.Popen(CHAT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdin and process.stdout and process.stderr
+        assert process.stdout
+        assert process.stderr
         assert process.stderr.readline().startswith("loading")
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130

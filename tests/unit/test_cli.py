@@ -73,7 +73,8 @@ def test_importing_the_command_line_imports_no_server() -> None:
 
 def test_the_script_runs_in_any_folder(tmp_path: Path) -> None:
     script = Path(sysconfig.get_path("scripts")) / "rillet"
-    done = subprocess.run([script, "chat", "--f", "no.gguf"], cwd=tmp_path, capture_output=True, text=True, timeout=60, input="")
+    command = [script, "chat", "--f", "no.gguf"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, input="")
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("rillet chat: no.gguf: no such file")
