@@ -148,9 +148,18 @@ def _first_character(model: Path, variables: dict[str, str]) -> tuple[float, int
             raise ConfigError(f"{' '.join(command)} gave no answer: run it by hand to see why")
         seconds = time.perf_counter() - began
         child.stdout.read()
+        return seconds, _end(child)
+
+
+def _end(child: "subprocess.Popen[bytes]") -> int:
+    """Wait for the end; the peak of its resident bytes, 0 where the system does not tell."""
+    if sys.platform == "win32":
+        child.wait()
+        return 0
+    else:  # noqa: RET505 (mypy knows platforms by this form only)
         _, _, usage = os.wait4(child.pid, 0)
         child.returncode = 0
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- one stream on the real backend ---------------------------------------------------------------------------------------

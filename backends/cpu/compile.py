@@ -21,7 +21,6 @@ from backends.cpu.ops import Ops
 from backends.cpu.rope import Rotation
 from backends.cpu.sampler import Sampler
 from backends.cpu.warm_up import VOCABULARY, tiny_spec, warm_up_step
-from backends.cpu.weights import LayerWeights, Stack
 
 __all__ = ["compiling_aside"]
 
@@ -57,11 +56,10 @@ def cached(kernel: object) -> bool:
 
 def main() -> None:
     """Call both kernels as a step does, so that their signatures are a step's."""
-    spec, step, none, stack = tiny_spec(), warm_up_step(2), np.empty(0, np.float32), Stack(0, ())
-    weights = LayerWeights(none, stack, none, none, none, stack, none, none, none, stack, stack, none)
+    spec, step = tiny_spec(), warm_up_step(2)
     ops, layer = Ops(1, spec.norm_epsilon), spec.layers[0].attention
     qkv = ops.rows("qkv", 2, (layer.heads + 2 * layer.kv_heads) * layer.head_size)
-    ops.attention(qkv, 0, layer, weights, make_cache(spec, 1), step_shape(spec, step, Rotation.of(layer.rope)))
+    ops.attend(qkv, 0, layer, make_cache(spec, 1), step_shape(spec, step, Rotation.of(layer.rope)))
     Sampler(VOCABULARY, 1).draw(step, np.empty(0, np.int32), lambda at: np.zeros((len(at), VOCABULARY), np.float32))
 
 

@@ -5,6 +5,7 @@ a catastrophe, and so would a cache sized by the host's memory.
 """
 
 import os
+import sys
 from math import ceil
 from pathlib import Path
 
@@ -83,6 +84,6 @@ def _system_available() -> int | None:
                 return int(line.split()[1]) << 10
     except OSError:
         pass
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:       # macOS: half of what there is
+    if sys.platform != "win32" and "SC_PHYS_PAGES" in os.sysconf_names:      # macOS: half of what there is
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return None

@@ -37,7 +37,9 @@ class Model:
         x = ops.embed(tokens, self.weights.embedding, self.spec.hidden_size)                      # (T, D)
         for number, (layer, w) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
             qkv = ops.linear(ops.rms_norm(x, w.attention_norm), w.qkv, "qkv")                     # (T, (H + 2 KV) hs)
-            mixed = ops.attention(qkv, number, layer.attention, w, cache, shapes[layer.attention.rope])
+            shape = shapes[layer.attention.rope]
+            ops.rotate(qkv, number, layer.attention, w, cache, shape)
+            mixed = ops.attend(qkv, number, layer.attention, cache, shape)                        # (T, H hs)
             self.join(x, mixed, w.attention_output, w.attention_output_bias, w.attention_post_norm)
             gate_up = ops.linear(ops.rms_norm(x, w.feed_norm), w.gate_up, "gate_up")              # (T, 2 F)
             self.join(x, ops.gated(gate_up, activation(layer)), w.down, NOTHING, w.feed_post_norm)
@@ -67,10 +69,12 @@ class Model:
         """What the layers of each rope share in this step."""
         return {rope: step_shape(self.spec, step, rotation) for rope, rotation in self.rotations.items()}
 
-    def warm_up(self) -> None:
-        """Compile what the layers have beside attention."""
+    def warm_up(self, step: StepInput, cache: Cache) -> None:
+        """Compile what the layers have beside attention, on a step of one token."""
         x = self.ops.embed(np.zeros(1, np.int32), self.weights.embedding, self.spec.hidden_size)
-        first = self.weights.layers[0]
+        first, attention = self.weights.layers[0], self.spec.layers[0].attention
+        qkv = self.ops.linear(self.ops.rms_norm(x, first.attention_norm), first.qkv, "qkv")
+        self.ops.rotate(qkv, 0, attention, first, cache, self.shapes(step)[attention.rope])
         gate_up = self.ops.linear(self.ops.rms_norm(x, first.feed_norm), first.gate_up, "gate_up")
         self.ops.linear(self.ops.gated(gate_up, activation(self.spec.layers[0])), first.down, "warm_up")
         self.logits(self.final_states(x, np.zeros(1, np.intp)))

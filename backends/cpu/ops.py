@@ -121,12 +121,15 @@ class Ops:
         elementwise.gated(gate_up.values, activation == "silu", out.values, out.sums, out.tokens)
         return out
 
-    def attention(self, qkv: Rows, layer: int, spec: Attention, weights: LayerWeights, cache: Cache, at: StepShape) -> Rows:
-        """Biases, q/k norm and rope; keys and values into their pages; softmax(scale q k) v."""
+    def rotate(self, qkv: Rows, layer: int, spec: Attention, weights: LayerWeights, cache: Cache, at: StepShape) -> None:
+        """Biases, q/k norm and rope, in place; keys and values into their pages."""
         rotate_and_write(
             qkv.values, weights.qkv_bias, weights.query_norm, weights.key_norm, self.epsilon, at.cosine, at.sine,
             spec.rope.interleaved, at.slots, cache.keys, cache.values, layer,
         )  # fmt: skip
+
+    def attend(self, qkv: Rows, layer: int, spec: Attention, cache: Cache, at: StepShape) -> Rows:
+        """softmax(scale q k) v over the pages, (T, H hs)."""
         out = self.rows("attention", qkv.tokens, spec.heads * spec.head_size)
         attention.attend(
             qkv.values, cache.keys, cache.values, layer, at.blocks, at.tables, np.float32(spec.scale),

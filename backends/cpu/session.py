@@ -46,7 +46,7 @@ class Session:
                 raise OutOfDeviceMemory(message) from error
             session = cls(spec, Model(spec, weights, workers), workers)
             progress(COMPILING, 0, 2)
-            session.model.warm_up()
+            session.model.warm_up(warm_up_step(1), session.cache)
         progress(COMPILING, 1, 2)
         session.warm_up()
         progress(COMPILING, 2, 2)

@@ -33,7 +33,8 @@ def run(spec, qkv, chunks, make_step):
         rows.values[:chunk] = qkv[before : before + chunk]
         ones, zeros = np.ones((chunk, 1), np.float32), np.zeros((chunk, 1), np.float32)
         shape = StepShape(step.slots.astype(np.int64), query_blocks(spec, step), step.page_tables, ones, zeros)
-        out = ops.attention(rows, 0, a, NO_WEIGHTS, cache, shape)
+        ops.rotate(rows, 0, a, NO_WEIGHTS, cache, shape)
+        out = ops.attend(rows, 0, a, cache, shape)
         sums = out.values[:chunk].reshape(chunk, -1, 16).sum(2)
         np.testing.assert_allclose(out.sums[:chunk], sums, rtol=1e-5, atol=1e-6 * np.abs(qkv).max() * 16)
         parts.append(out.values[:chunk].copy())
