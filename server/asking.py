@@ -42,6 +42,7 @@ class Route:
     async def read(self, kind: type[R]) -> R:
         """The request's body, checked, for a model that is served here."""
         data: bytes = await request.get_data(cache=False, as_text=False, parse_form_data=False)
+        self._connection.check_there()
         body = decode(data, kind)
         self.engine.check_model(body.model)
         return body

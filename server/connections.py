@@ -28,12 +28,13 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 class Connection:
     """One request and its response. `on_end` closers run when it is over, whatever ended it."""
 
-    __slots__ = ("_closers", "_send", "blocked_at", "request_id", "sender", "status", "unsent")
+    __slots__ = ("_closers", "_send", "blocked_at", "gone", "request_id", "sender", "status", "unsent")
 
     def __init__(self, send: Send, request_id: bytes) -> None:
         self._send = send
         self._closers: list[Callable[[], Awaitable[None]]] = []
         self.request_id = request_id
+        self.gone = False                                # whether the client has left
         self.status = 0
         self.blocked_at: float | None = None             # since when the present send waits
         self.unsent = 0                                  # bytes that waited when the watch last looked
@@ -45,6 +46,12 @@ class Connection:
 
     def on_end(self, closer: Callable[[], Awaitable[None]]) -> None:
         self._closers.append(closer)
+
+    def check_there(self) -> None:
+        """End the handler if the client has left. Quart cancels it for that, but asyncio.wait_for of Python 3.11 swallows
+        a cancellation that comes together with its result: here, with the last bytes of the body."""
+        if self.gone:
+            raise asyncio.CancelledError("the client has left")
 
     async def send(self, message: Any) -> None:
         """Pass a message on, and let the watch see for how long it takes."""
@@ -106,8 +113,14 @@ class Connections:
         self._idle.clear()
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._watch_stalls(), name="rillet-stalls")
+
+        async def noticing_receive() -> Any:
+            message = await receive()
+            connection.gone = connection.gone or message["type"] == "http.disconnect"
+            return message
+
         try:
-            await app(scope, receive, connection.send)
+            await app(scope, noticing_receive, connection.send)
         finally:
             self._live.discard(connection)
             if not self._live:

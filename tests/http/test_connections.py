@@ -35,6 +35,19 @@ def test_a_client_that_leaves_before_a_whole_answer_frees_its_pages(steered: Thr
     eventually(lambda: idle(steered), "the request's end")
 
 
+def test_clients_that_have_left_before_they_are_read_get_no_step(steered: ThreadServer) -> None:
+    """Request and end come in one piece; no step ends while the gate is closed, so only the leaving can end them."""
+    steered.backend.gate.clear()
+    for _ in range(40):
+        with connected(steered.port) as client:
+            client.sendall(post_bytes("/v1/completions", {**ENDLESS, "stream": False}))
+    statistics = steered.app.host.engine.statistics
+    eventually(lambda: len(steered.app.connections) == 0, "the end of every connection")
+    assert statistics().num_requests_running == statistics().num_requests_waiting == 0
+    steered.backend.gate.set()
+    eventually(lambda: idle(steered), "the requests' end")
+
+
 def test_many_clients_that_leave_at_any_moment_leave_nothing(steered: ThreadServer) -> None:
     for size in range(0, 400, 40):
         with connected(steered.port) as client:
