@@ -1,7 +1,7 @@
 """Engine: the async facade. `stream` refuses before anything flows, `generate` reads to the end, leaving the block closes.
 
 Everything here runs on one event loop, asyncio or trio. Text work that may take long runs on worker threads; the device is
-driven by engine.core.
+driven by engine.core. Over 300 lines, because all that a caller may ask of an engine stands on one class.
 """
 
 import logging

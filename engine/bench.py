@@ -2,7 +2,8 @@
 
     python -m engine.bench [--rows core,start,prompt,decode,sse] [--json FILE] [--f model.gguf]
 
-Rows that need a model take the demo model unless --f names one. Nothing else may run while it measures.
+Rows that need a model take the demo model unless --f names one. Nothing else may run while it measures. Over 300 lines: a
+row and what it measures stand together; workloads and peers will get files of their own.
 """
 
 import json

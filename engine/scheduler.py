@@ -2,7 +2,8 @@
 
 Decoding sequences come first, one token each; prompts fill what is left, first come first served. When no page is left the
 newest sequence gives its pages up and is computed again later, so the oldest always goes on and nothing starves. The core
-calls plan() and deliver() in turn; at most one ticket is open when plan() is called.
+calls plan() and deliver() in turn; at most one ticket is open when plan() is called. Over 300 lines: planning and
+delivering are two ends of the same bookkeeping.
 """
 
 from bisect import insort

@@ -2,7 +2,7 @@
 
 One rule for every storage type: an exact repack if there is one, else bfloat16 with one log line that says what it costs.
 Matrices that read the same input (query/key/value, gate/up) are stacked, so that a step has fewer launches. Nothing here
-keeps a view of the file: each tensor is released as soon as it is repacked.
+keeps a view of the file: each tensor is released as soon as it is repacked. Over 300 lines for the table of storage types.
 """
 
 import logging
