@@ -8,7 +8,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from random import Random
 from types import TracebackType
@@ -43,7 +43,7 @@ from engine.text.messages import Message
 from engine.text.template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
-from engine.weights.hub import resolve_model
+from engine.weights.hub import DEMO_SAMPLING, demo_model, resolve_model
 
 __all__ = ["Embedding", "Engine", "Prompt"]
 
@@ -132,7 +132,11 @@ class Engine:
 
     def _open_checkpoint(self) -> Checkpoint:
         c = self.config
-        return open_checkpoint(resolve_model(c.model_id, c.weight_path, c.weight_file, c.hf_token, c.revision))
+        path = resolve_model(c.model_id, c.weight_path, c.weight_file, c.hf_token, c.revision)
+        checkpoint = open_checkpoint(path)
+        if c.model_id is c.weight_path is c.weight_file is None and path == demo_model():
+            checkpoint = replace(checkpoint, sampling_defaults={**DEMO_SAMPLING, **checkpoint.sampling_defaults})
+        return checkpoint
 
     async def _load(
         self, device: DeviceThread, backend: Backend, checkpoint: Checkpoint, template: ChatTemplate | None

@@ -20,13 +20,11 @@ from engine.config import EngineConfig, Flag, parse_flags
 from engine.conversation import Conversation, clean, on_interrupt
 from engine.errors import ConfigError, RilletError
 from engine.sampling import SamplingParams
-from engine.weights.hub import demo_model
 
-__all__ = ["DEMO_SAMPLING", "SAMPLING", "answer_lines", "main"]
+__all__ = ["SAMPLING", "answer_lines", "main"]
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.95}
 """Of a chat, each where neither the flags nor the model say it."""
-DEMO_SAMPLING = {"temperature": 0.2, "top_p": 0.9}       # as in the example on SmolLM2-135M-Instruct's model card
 
 LEVELS = ("debug", "info", "warning", "error")
 INTERRUPTED = 130                                        # 128 + SIGINT, as shells count
@@ -77,7 +75,7 @@ async def _chat(config: EngineConfig, system: str | None) -> None:
                 engine = await stack.enter_async_context(Engine(config, progress=loading))
             finally:
                 loading.stop()
-            conversation = Conversation(engine, chat_sampling(config, engine), system)
+            conversation = Conversation(engine, chat_sampling(engine), system)
             if sys.stdin.isatty() and sys.stdout.isatty():
                 from engine.terminal import TerminalChat  # lazily: a pipe does without prompt_toolkit and rich
 
@@ -100,17 +98,17 @@ async def answer_lines(conversation: Conversation, lines: TextIO, out: TextIO) -
             out.write(text.removesuffix(newlines))
             out.flush()
 
-        await conversation.ask(line.rstrip("\r\n"), show)
+        turn = await conversation.ask(line.rstrip("\r\n"), show)
         out.write("\n")
         out.flush()
+        if turn.finish_reason == "length":
+            print(f"(the answer was cut after {turn.answer_tokens:,} tokens)", file=sys.stderr)
 
 
-def chat_sampling(config: EngineConfig, engine: Engine) -> SamplingParams:
+def chat_sampling(engine: Engine) -> SamplingParams:
     """What a chat asks for where neither the flags nor the model decide."""
-    unnamed = config.model_id is None and config.weight_path is None and config.weight_file is None
-    wishes = DEMO_SAMPLING if unnamed and demo_model() else SAMPLING
     said = engine.sampling_defaults
-    temperature, top_p = (None if name in said else wishes[name] for name in ("temperature", "top_p"))
+    temperature, top_p = (None if name in said else SAMPLING[name] for name in ("temperature", "top_p"))
     return SamplingParams(temperature=temperature, top_p=top_p)
 
 
@@ -158,6 +156,7 @@ def _log_to_stderr(own: dict[str, Any]) -> None:
         raise ConfigError(f"--log-level must be one of {', '.join(LEVELS)}, not {level!r}")
     logging.basicConfig(level=logging.WARNING, handlers=[_StderrHandler()], force=True)
     logging.getLogger("rillet").setLevel(level.upper())
+    logging.getLogger("huggingface_hub").propagate = False                  # it prints its own warnings
 
 
 def _speak_utf8() -> None:

@@ -66,13 +66,13 @@ class EngineConfig:
             raise ConfigError(f"device_ids must be whole numbers from 0, not {self.device_ids!r}")
         if self.isq is not None:
             raise ConfigError(
-                f"isq={self.isq!r}: quantizing while loading is not built yet: use a GGUF file that is quantized already"
+                f"--isq {self.isq}: quantizing while loading is not built yet: use a GGUF file that is quantized already"
             )
         for name, low, high in BOUNDS:
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (number and isfinite(value) and low <= value <= high):
-                raise ConfigError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
+                raise ConfigError(f"{name} must be from {low:,} to {high:,}, not {value!r}")
 
     @property
     def sampling_defaults(self) -> dict[str, float | int]:
@@ -136,7 +136,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("w", "weight_path", str, "folder with safetensors"),
     Flag("f", "weight_file", str, "GGUF file, or the name of one within --m"),
     Flag("revision", "revision", str, "branch, tag or commit of --m"),
-    Flag("backend", "backend", str, "auto, cpu, mlx or cuda"),
+    Flag("backend", "backend", str, "auto (default) or the name of an installed one, such as cpu"),
     Flag("dtype", "dtype", str, "auto, bf16, f16 or f32: of weights that are not quantized"),
     Flag("d", "device_ids", tuple, "devices, such as 0,1"),
     Flag("threads", "threads", int, "threads of the cpu backend (default: the cores this process may use)"),
@@ -151,13 +151,13 @@ FLAGS: tuple[Flag, ...] = (
     Flag("prefix-cache", "prefix_cache", bool, "reuse the pages of equal prefixes (default: 1)"),
     Flag("lookahead", "lookahead", bool, "submit the next step before this one's tokens are known (default: 1)"),
     Flag("context-cache", "context_cache", bool, "vllm.rs's name for pinning by session_id, which is always on"),
-    Flag("isq", "isq", str, "quantize while loading"),
+    Flag("isq", "isq", str, "quantize while loading (not built yet)"),
     Flag("seed", "seed", int, "seed of everything that is drawn without a seed of its own"),
     Flag("chat-template", "chat_template", str, "file with a Jinja chat template, instead of the model's"),
     Flag("served-model-name", "served_model_name", str, "name under which the model is served"),
-    Flag("temperature", "temperature", float, "0 is greedy"),
+    Flag("temperature", "temperature", float, "0 is greedy (default: the model's, else 1; in a chat 0.7)"),
     Flag("top-k", "top_k", int, "draw from the k most probable tokens"),
-    Flag("top-p", "top_p", float, "draw from the most probable tokens with this share of the probability"),
+    Flag("top-p", "top_p", float, "draw from the likeliest tokens with this share (default: the model's, else 1; chat 0.95)"),
     Flag("min-p", "min_p", float, "drop tokens less probable than this share of the best one"),
     Flag("repetition-penalty", "repetition_penalty", float, "above 1: repeat less of prompt and answer"),
     Flag("frequency-penalty", "frequency_penalty", float, "-2 to 2: per time that a token stands in the answer"),
@@ -169,7 +169,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse with our errors, so that a wrong flag is a ConfigError for every caller."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message} (--help lists every flag)")
+        raise ConfigError(f"{message} (--help lists every flag)")
 
 
 def parse_flags(

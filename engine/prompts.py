@@ -40,7 +40,8 @@ class PromptReader:
                 return tuple(self._tokenizer.encode(prompt))
             self._check_length(prompt)
             return tuple(await anyio.to_thread.run_sync(self._tokenizer.encode, prompt))
-        if not prompt:
+        _check_kind(prompt)
+        if len(prompt) == 0:
             raise InvalidRequest("the prompt is empty: give a text, token ids or messages", field="prompt")
         if all(isinstance(token, (int, np.integer)) and not isinstance(token, bool) for token in prompt):
             return self._checked_ids(prompt)  # type: ignore[arg-type]
@@ -90,3 +91,9 @@ class PromptReader:
                 "this model has no chat template: send a plain prompt, or start with --chat-template FILE", field="messages"
             )
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, **arguments)
+
+
+def _check_kind(prompt: object) -> None:
+    if not isinstance(prompt, (Sequence, np.ndarray)):
+        kind = type(prompt).__name__
+        raise InvalidRequest(f"a prompt is a text, token ids or messages, not of type {kind}", field="prompt")

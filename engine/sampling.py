@@ -132,7 +132,7 @@ def _check_number(name: str, value: Any) -> None:
         right = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
     if not right or not low <= value <= high:
         kind = "a whole number" if name in INTEGERS else "a number"
-        raise InvalidRequest(f"{name} must be {kind} from {low:g} to {high:g}, not {str(value)[:40]}", field=name)
+        raise InvalidRequest(f"{name} must be {kind} from {low:,} to {high:,}, not {repr(value)[:40]}", field=name)
 
 
 def _check_label(name: str, value: Any) -> None:

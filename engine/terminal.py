@@ -1,6 +1,6 @@
 """The chat of a person in a terminal: prompt_toolkit reads, rich writes. engine.chat imports this only when there is one.
 
-Ctrl-C stops an answer; at an empty prompt it clears the history, and with no history it leaves, as Ctrl-D does.
+Ctrl-C stops an answer; at an empty prompt it warns, and a second one leaves, as Ctrl-D does.
 """
 
 import asyncio
@@ -63,6 +63,7 @@ class TerminalChat:
         self.conversation = conversation
         self.engine = conversation.engine
         self.console = console or Console(highlight=False)
+        self._warned = False                             # that a second Ctrl-C leaves
         self.session: PromptSession[str] = PromptSession(
             history=InMemoryHistory(), key_bindings=_bindings(), prompt_continuation="  ", input=input, output=output
         )
@@ -73,6 +74,7 @@ class TerminalChat:
         self._say(KEYS, "dim")
         while (line := await self._read()) is not None:
             text = line.strip()
+            self._warned = self._warned and not text
             if text.startswith("/") and not line.startswith(" "):
                 if not self._command(text):
                     return
@@ -88,10 +90,10 @@ class TerminalChat:
         except KeyboardInterrupt:
             if self.session.default_buffer.text.strip():
                 return ""                                # as in a shell, the line is dropped
-            if not self.conversation.turns:
+            if self._warned or not self.conversation.turns:
                 return None
-            self.conversation.reset()
-            self._say("The history is cleared. Ctrl-C again leaves.", "yellow")
+            self._warned = True
+            self._say("Ctrl-C again leaves; /reset forgets the conversation.", "yellow")
             return ""
 
     def _tokens_left(self) -> StyleAndTextTuples:

@@ -135,6 +135,11 @@ class Process:
             print(f"Rillet serves {engine.model_name} at {self.url}/v1 on {engine.device}", flush=True)
 
     async def _drain(self, failed: "asyncio.Task[Exception]") -> None:
+        if open_answers := len(self.app.connections):
+            print(
+                f"rillet: ending; {open_answers} answers may go on for {self.app.settings.drain_s:g} s, Ctrl-C ends at once",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
         drain = asyncio.create_task(self.app.host.drain(self.app.settings.drain_s))
         await asyncio.wait([drain, failed], return_when=asyncio.FIRST_COMPLETED)
         drain.cancel()

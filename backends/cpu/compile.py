@@ -22,7 +22,7 @@ from backends.cpu.rope import Rotation
 from backends.cpu.sampler import Sampler
 from backends.cpu.warm_up import VOCABULARY, tiny_spec, warm_up_step
 
-__all__ = ["compiling_aside"]
+__all__ = ["compiling_aside", "is_compiled"]
 
 log = logging.getLogger(__name__)
 PATIENCE_S = 120
@@ -31,7 +31,7 @@ PATIENCE_S = 120
 @contextmanager
 def compiling_aside() -> Iterator[None]:
     """Run the helper process while the block runs, if it is of use, and wait for it at the block's end."""
-    if usable_cores() < 2 or not sys.executable or getattr(sys, "frozen", False) or (cached(attend) and cached(sample)):
+    if usable_cores() < 2 or not sys.executable or getattr(sys, "frozen", False) or is_compiled():
         yield
         return
     command = [sys.executable, "-m", "backends.cpu.compile"]
@@ -45,6 +45,11 @@ def compiling_aside() -> Iterator[None]:
                 raise
     if helper.returncode:
         log.info("the process that compiles kernels ended with %d: compiling them here", helper.returncode)
+
+
+def is_compiled() -> bool:
+    """Whether an earlier start has left the costliest kernels in Numba's cache."""
+    return cached(attend) and cached(sample)
 
 
 def cached(kernel: object) -> bool:

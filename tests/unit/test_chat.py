@@ -24,7 +24,7 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from engine import ContextTooLong, Engine, EngineConfig, Message, SamplingParams
-from engine.chat import DEMO_SAMPLING, SAMPLING, answer_lines, chat_sampling, main
+from engine.chat import SAMPLING, answer_lines, chat_sampling, main
 from engine.conversation import Conversation, Turn, clean, read_messages
 from engine.errors import InvalidRequest
 from engine.stream import Delta, Usage
@@ -234,12 +234,12 @@ async def test_commands_in_the_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_ctrl_c_at_the_prompt_clears_the_line_then_the_history_then_leaves() -> None:
-    async with terminal(Script(["A"])) as (send, shown, chat, left):
-        send("a\rhalf a line\x03\x03\x03")
+async def test_ctrl_c_at_the_prompt_clears_the_line_then_warns_then_leaves() -> None:
+    async with terminal(Script(["A"], ["B"])) as (send, shown, chat, left):
+        send("a\rhalf a line\x03\x03b\r\x03\x03")
         await left.wait()
-    assert shown.getvalue().count("The history is cleared") == 1
-    assert chat.turns == []
+    assert shown.getvalue().count("Ctrl-C again leaves") == 2
+    assert [message.content for message in chat.turns] == ["a", "A", "b", "B"]
 
 
 @pytest.mark.anyio
@@ -308,12 +308,11 @@ async def test_the_second_turn_finds_the_first_in_the_cache(tiny_checkpoint: Cal
 async def test_chat_decides_only_what_flags_and_model_leave_open(tiny_checkpoint: Callable[[], Checkpoint]) -> None:
     def sampling(**config: Any) -> SamplingParams:
         engine.config = EngineConfig(**config)
-        return chat_sampling(engine.config, engine)
+        return chat_sampling(engine)
 
     async with Engine(EngineConfig(), backend=ToyBackend(), checkpoint=tiny_checkpoint()) as engine:
-        assert sampling() == SamplingParams(**DEMO_SAMPLING)
-        assert sampling(weight_file="x.gguf") == SamplingParams(**SAMPLING)
-        assert sampling(weight_file="x.gguf", temperature=0) == SamplingParams(top_p=SAMPLING["top_p"])
+        assert sampling() == SamplingParams(**SAMPLING)
+        assert sampling(temperature=0) == SamplingParams(top_p=SAMPLING["top_p"])
         assert sampling(temperature=1, top_p=1) == SamplingParams()
 
 

@@ -79,7 +79,7 @@ def test_own_flags_come_apart_from_the_config() -> None:
         (["--temperature", "nan"], ["temperature", "nan"]),
         (["--max-model-len", "1"], ["max_model_len", "1"]),
         (["--d", "-1"], ["device_ids", "-1"]),
-        (["--isq", "q4k"], ["isq", "'q4k'", "GGUF"]),
+        (["--isq", "q4k"], ["--isq q4k", "GGUF"]),
         (["--nonsense"], ["--nonsense", "--help"]),
         (["--max-tok", "3"], ["--max-tok", "--help"]),
         (["stray"], ["stray"]),

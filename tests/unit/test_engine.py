@@ -268,6 +268,7 @@ async def test_messages_go_through_the_template(toy: Opener) -> None:
     ("prompt", "keywords", "field"),
     [
         ("", {}, "prompt"),
+        (5, {}, "prompt"),
         ([], {}, "prompt"),
         ([-1], {}, "prompt"),
         ([10**6], {}, "prompt"),
