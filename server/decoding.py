@@ -27,6 +27,8 @@ def decode(data: bytes, kind: type[R]) -> R:
         raw = msgspec.json.decode(data)
     except RecursionError:
         raise InvalidRequest("the body is nested too deep: flatten it") from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not UTF-8 (byte {error.start}): encode it so") from None
     except msgspec.MsgspecError as error:
         raise _malformed(data, str(error)) from None
     if not isinstance(raw, dict):

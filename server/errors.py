@@ -113,7 +113,12 @@ def body(error: Exception) -> bytes:
     kind = _kind(error)
     param = getattr(error, "field", None)
     code = error.state if isinstance(error, NotReady) else kind.code
-    return msgspec.json.encode(_Body(_Error(_message(error, kind), kind.type, param, code)))
+    return msgspec.json.encode(_Body(_Error(_sayable(_message(error, kind)), kind.type, param and _sayable(param), code)))
+
+
+def _sayable(text: str) -> str:
+    """A client's own words may come back in a message, and JSON of theirs may hold half a surrogate pair."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def answer(error: Exception) -> Response:

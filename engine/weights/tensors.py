@@ -10,6 +10,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
+from engine.errors import UnsupportedModel
+
 __all__ = ["STORAGE", "STORAGE_BY_GGUF_ID", "RawTensor", "StorageType", "TensorSource", "to_float32"]
 
 
@@ -71,7 +73,10 @@ class TensorSource(Protocol):
 
 
 def to_float32(tensor: RawTensor) -> NDArray[np.float32]:
-    """Every weight of `tensor` as float32, in its shape, exactly as gguf's reference dequantization has it."""
+    """Every weight of `tensor` as float32, in its shape, exactly as gguf's reference dequantization has it.
+
+    Raises UnsupportedModel for the types that no file stores weights in (integers, Q8_1, Q8_K).
+    """
     rows = tensor.data.reshape(tensor.rows, tensor.row_bytes)
     match tensor.storage.name:
         case "F32":
@@ -80,6 +85,13 @@ def to_float32(tensor: RawTensor) -> NDArray[np.float32]:
             values = rows.view(np.float16)
         case "BF16":
             values = (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        case _:
-            values = dequantize(rows, GGMLQuantizationType(tensor.storage.gguf_id))
+        case "F64":
+            values = rows.view(np.float64)
+        case name:
+            try:
+                values = dequantize(rows, GGMLQuantizationType(tensor.storage.gguf_id))
+            except NotImplementedError:
+                raise UnsupportedModel(
+                    f"{tensor.file}: tensor {tensor.name} is stored as {name}, which no weight should be: take another file"
+                ) from None
     return values.astype(np.float32, copy=False).reshape(tensor.shape)

@@ -118,6 +118,7 @@ def test_bodies_that_are_no_json_object_are_refused(steered: ThreadServer, path:
         (DEEP.encode(), None), (b'{"messages":' + DEEP.encode(), None), (b'{"a":' * 50_000, None),
         (b'{"temperature": ' + NAN + b"}", "temperature"), (b'{"top_p": ' + INF + b"}", "top_p"),
         (b'{"n": ' + HUGE + b"}", "n"), (b'{"temperature": 1e999}', "temperature"), (b'{"user": "\\ud83d"}', None),
+        (b'{"prompt": "\xff"}', None), (b'{"messages": [], "\\ud800": ' + NAN + b"}", "?"),
         (b'{"prompt": "x", "messages": [], "prompt": "\x00"}', None),
     ]  # fmt: skip
     with httpx.Client(base_url=steered.url, timeout=PATIENCE_S) as client:

@@ -11,6 +11,7 @@ from engine.errors import BadModelFile, ModelError, UnsupportedModel
 from engine.model.spec import Attention, Dense, FrequencyFactors, Layer, LinearScaling, ModelSpec, Rope, YarnScaling
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from engine.weights.hub import demo_model
+from engine.weights.tensors import STORAGE, RawTensor, to_float32
 from tests.support.tiny_gguf import write_tiny_gguf
 
 
@@ -119,6 +120,21 @@ def test_yarn_is_read_with_llamacpps_temperature(tmp_path: Path) -> None:
 def test_yarn_without_its_original_length_is_damaged(tmp_path: Path) -> None:
     with pytest.raises(BadModelFile, match="original_context_length"):
         rope_of(tmp_path, scaling__type="yarn", scaling__factor=4.0)
+
+
+@pytest.mark.parametrize(("key", "value"), [("scaling__yarn_beta_fast", 0.0), ("scaling__yarn_beta_slow", 0.0), ("freq_base", 1.0)])
+def test_yarn_numbers_that_would_divide_by_zero_are_damaged(tmp_path: Path, key: str, value: float) -> None:
+    keys = {"scaling__type": "yarn", "scaling__factor": 4.0, "scaling__original_context_length": 128, key: value}
+    with pytest.raises(BadModelFile, match=key.replace("__", ".")):
+        rope_of(tmp_path, **keys)
+
+
+@pytest.mark.parametrize("name", ["Q8_1", "Q8_K", "I8", "I64"])
+def test_types_that_no_weight_has_are_refused_by_name(name: str) -> None:
+    storage = STORAGE[name]
+    tensor = RawTensor("blk.0.ffn_up.weight", (storage.block,), storage, np.zeros(storage.bytes, np.uint8), "model.gguf")
+    with pytest.raises(UnsupportedModel, match=f"blk.0.ffn_up.weight is stored as {name}"):
+        to_float32(tensor)
 
 
 def test_frequency_factors_come_from_their_tensor(tmp_path: Path) -> None:

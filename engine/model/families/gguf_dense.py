@@ -130,7 +130,7 @@ def _rope(metadata: GgufMetadata, tensors: Mapping[str, RawTensor], head_size: i
                 "another conversion"
             )
         scaling = _frequency_factors(factors, rotary_size)
-    theta = metadata.number("rope.freq_base", 1.0, 1e15, default=10_000.0)
+    theta = metadata.number("rope.freq_base", 1.001, 1e15, default=10_000.0)
     return Rope(theta=theta, rotary_size=rotary_size, interleaved=interleaved, scaling=scaling)
 
 
@@ -167,8 +167,8 @@ def _yarn_numbers(metadata: GgufMetadata) -> tuple[float, float, float | None]:
     given = [factor for factor in factors if factor is not None and factor != 1.0]
     attention_factor = given[0] if given else None
     return (
-        metadata.number("rope.scaling.yarn_beta_fast", 0.0, 1e6, default=32.0),
-        metadata.number("rope.scaling.yarn_beta_slow", 0.0, 1e6, default=1.0),
+        metadata.number("rope.scaling.yarn_beta_fast", 1e-3, 1e6, default=32.0),
+        metadata.number("rope.scaling.yarn_beta_slow", 1e-3, 1e6, default=1.0),
         attention_factor,
     )
 
