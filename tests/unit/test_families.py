@@ -122,7 +122,9 @@ def test_yarn_without_its_original_length_is_damaged(tmp_path: Path) -> None:
         rope_of(tmp_path, scaling__type="yarn", scaling__factor=4.0)
 
 
-@pytest.mark.parametrize(("key", "value"), [("scaling__yarn_beta_fast", 0.0), ("scaling__yarn_beta_slow", 0.0), ("freq_base", 1.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("scaling__yarn_beta_fast", 0.0), ("scaling__yarn_beta_slow", 0.0), ("freq_base", 1.0)]
+)
 def test_yarn_numbers_that_would_divide_by_zero_are_damaged(tmp_path: Path, key: str, value: float) -> None:
     keys = {"scaling__type": "yarn", "scaling__factor": 4.0, "scaling__original_context_length": 128, key: value}
     with pytest.raises(BadModelFile, match=key.replace("__", ".")):
