@@ -18,6 +18,7 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 import numpy as np
+from anyio.lowlevel import current_token
 
 from engine.backend import Backend, LoadOptions, Progress, create_backend
 from engine.config import EngineConfig, read_chat_template
@@ -74,6 +75,7 @@ class _Running:
         self.core = core
         self.prompts = prompts
         self.on_loop = on_loop
+        self.token = current_token()
 
 
 class Engine:
@@ -101,6 +103,7 @@ class Engine:
         self._random = Random(self.config.seed) if self.config.seed is not None else None  # noqa: S311 (no secret)
         self._running: _Running | None = None
         self._group: anyio.abc.TaskGroup | None = None
+        self._scope = anyio.CancelScope()
 
     # ---- opening and closing --------------------------------------------------------------------------------------
 
@@ -127,8 +130,13 @@ class Engine:
             raise
         self._group = anyio.create_task_group()
         await self._group.__aenter__()
-        self._group.start_soon(self._running.core.run, name="rillet-core")
+        self._group.start_soon(self._run, self._running.core, name="rillet-core")
         return self
+
+    async def _run(self, core: Core) -> None:
+        """The loop in a scope of its own: ending it must not cancel the block that the engine is used in."""
+        with self._scope:
+            await core.run()
 
     def _open_checkpoint(self) -> Checkpoint:
         c = self.config
@@ -191,13 +199,15 @@ class Engine:
     async def close(self) -> None:
         """End every stream, stop the loop, free the device; idempotent. Streams end with finish_reason "abort"."""
         running = self._running
-        if running is None or self._group is None or self._group.cancel_scope.cancel_called:
+        if running is None or self._scope.cancel_called:
             return
         with anyio.CancelScope(shield=True):
             await running.core.drain(0)
-            self._group.cancel_scope.cancel()
-            await running.device.call(running.backend.close)
-            running.device.stop()
+            self._scope.cancel()
+            try:
+                await running.device.call(running.backend.close)
+            finally:
+                running.device.stop()
 
     @property
     def _live(self) -> _Running:
@@ -228,6 +238,8 @@ class Engine:
         EngineClosed. Sampling parameters are given as SamplingParams, as plain keywords, or both (keywords win); for
         messages, `template_arguments` (a dict) and `tools` (a list) reach the chat template."""
         running = self._live
+        if current_token() != running.token:
+            raise EngineClosed("the engine is open on another event loop: use it there, or open one here")
         running.core.check_open()
         arguments = keywords.pop("template_arguments", None) or {}
         tools = keywords.pop("tools", None)
@@ -306,15 +318,13 @@ class Engine:
             end_ids=running.checkpoint.end_ids,
             seed=self._seed(wishes),
             mailbox=(mailbox := Mailbox(wishes.n)),
-            salt=(wishes.cache_salt or "").encode(),
+            salt=(wishes.cache_salt or "").encode("utf-8", "surrogatepass"),
             cached=self.config.prefix_cache,
             pooling=pooling,
         )
         tokenizer = running.checkpoint.tokenizer
-        request.sequences += [
-            Sequence(request, choice, Detokenizer(tokenizer, wishes.stop, wishes.skip_special_tokens))
-            for choice in range(wishes.n)
-        ]
+        sink = Detokenizer(tokenizer, wishes.stop, wishes.skip_special_tokens)
+        request.sequences += [Sequence(request, choice, sink.twin()) for choice in range(wishes.n)]
         running.core.submit(request)
         return Stream(running.core, request, mailbox, running.on_loop)
 

@@ -232,7 +232,8 @@ class Core:
             if request.plain:
                 metrics.prefix_cache_queries += len(request.prompt)
                 metrics.prefix_cache_hits += request.cached_tokens
-        if computed == len(request.prompt):
+        if computed == len(request.prompt) and not request.timed:
+            request.timed = True
             metrics.time_to_first_token_seconds.observe(now - request.arrived_s)
 
     def _retire_if_done(self, request: Request) -> None:

@@ -15,6 +15,8 @@ from engine.step import Bias, FloatArray, History, IntArray, StepInput, UintArra
 
 __all__ = ["Draft", "Lanes", "Plan", "Row"]
 
+LEAST = 1e-6                                              # a colder draw is greedy: float32 could not divide by it
+
 
 @dataclass(slots=True)
 class Row:
@@ -119,8 +121,9 @@ class Lanes:
         """Give the sequence a lane and write down its pages and wishes."""
         params, seed = sequence.request.params, sequence.request.seed
         lane = sequence.lane = self.free.pop()
+        temperature, top_p = params.temperature or 0.0, params.top_p or 1.0
         self._numbers[:, lane] = (
-            params.temperature, params.top_p, params.min_p,
+            temperature if temperature >= LEAST else 0.0, max(top_p, LEAST), params.min_p,
             params.repetition_penalty, params.frequency_penalty, params.presence_penalty,
         )  # fmt: skip
         wanted = -1 if params.logprobs is None else params.logprobs

@@ -5,7 +5,6 @@ A field that is None was not said: the engine's flags, then the model's generati
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import isfinite
 from typing import Any
 
 from engine.errors import InvalidRequest
@@ -129,7 +128,7 @@ def _check_number(name: str, value: Any) -> None:
     if name in INTEGERS:
         right = isinstance(value, int) and not isinstance(value, bool)
     else:
-        right = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+        right = isinstance(value, (int, float)) and not isinstance(value, bool)      # NaN is in no bounds
     if not right or not low <= value <= high:
         kind = "a whole number" if name in INTEGERS else "a number"
         raise InvalidRequest(f"{name} must be {kind} from {low:,} to {high:,}, not {repr(value)[:40]}", field=name)
@@ -141,6 +140,8 @@ def _check_label(name: str, value: Any) -> None:
 
 
 def _stops(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (str, list, tuple, set, frozenset, type(None))):
+        raise InvalidRequest(f"stop must be a text or a list of texts, not {repr(value)[:40]}", field="stop")
     stops = (value,) if isinstance(value, str) else tuple(value or ())
     if len(stops) > MAX_STOPS:
         raise InvalidRequest(f"{len(stops)} stop strings, at most {MAX_STOPS} are allowed", field="stop")
@@ -151,6 +152,8 @@ def _stops(value: Any) -> tuple[str, ...]:
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple, set, frozenset, type(None))):
+        raise InvalidRequest(f"{name} must be a list of token ids, not {repr(value)[:40]}", field=name)
     ids = tuple(value or ())
     if len(ids) > MAX_BIASES or any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31 for i in ids):
         raise InvalidRequest(f"{name} must be at most {MAX_BIASES} token ids, whole numbers from 0", field=name)
@@ -164,9 +167,9 @@ def _biases(value: Mapping[Any, Any]) -> dict[int, float]:
     for key, bias in value.items():
         try:
             token = int(key)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InvalidRequest(f"logit_bias has the key {str(key)[:40]!r}: a token id is due", field="logit_bias") from None
-        number = isinstance(bias, (int, float)) and not isinstance(bias, bool) and isfinite(bias)
+        number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
         if not number or not -100 <= bias <= 100 or not 0 <= token < 2**31:
             raise InvalidRequest(f"logit_bias of token {token} must be a number from -100 to 100", field="logit_bias")
         biases[token] = float(bias)

@@ -322,4 +322,5 @@ def _logprobs(output: StepOutput, place: int, token: int, wanted: int | None) ->
     if wanted is None:
         return None
     ids, values = output.top_ids[place, :wanted].tolist(), output.top_logprobs[place, :wanted].tolist()
-    return TokenLogprobs(token, float(output.logprobs[place]), tuple(map(Logprob, ids, values)))
+    top = tuple(Logprob(token_id, value) for token_id, value in zip(ids, values, strict=True) if token_id >= 0)
+    return TokenLogprobs(token, float(output.logprobs[place]), top)

@@ -77,6 +77,7 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     pooled: FloatArray | None = None                          # (D,) sum or last state
     started: bool = False
+    timed: bool = False                                       # whether its first token was measured
     forked: bool = False                                      # whether the other choices have begun
     cached_tokens: int = 0
     arrived_s: float = 0.0

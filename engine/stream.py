@@ -11,6 +11,7 @@ from warnings import warn
 
 import anyio
 
+from engine.errors import RilletError
 from engine.sequence import FinishReason, Request, Sequence, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -161,8 +162,13 @@ class Stream:
                 raise mailbox.error
             if mailbox.open == 0:
                 raise StopAsyncIteration
+            if mailbox.waiter is not None:
+                raise RilletError("two tasks iterate one Stream: give each request a reader of its own")
             mailbox.waiter = waiter = anyio.Event()
-            await waiter.wait()
+            try:
+                await waiter.wait()
+            finally:
+                mailbox.waiter = None
         return mailbox.pending.pop(next(iter(mailbox.pending)))
 
     async def collect(self) -> Result:

@@ -4,11 +4,11 @@
 lets the exit code tell that the engine died. Every lower-case name here is a setting of hypercorn.
 """
 
-backlog = 1024                          # bursts of connections that wait to be accepted
+backlog = 100                           # more, and asyncio tries as often in one turn when descriptors are used up
 graceful_timeout = 40.0                 # above the drain deadline of 30 s, so that last events still go out
 shutdown_timeout = 60.0
 startup_timeout = 60.0                  # the model loads in the background, starting takes no time
-keep_alive_timeout = 75.0               # longer than clients keep theirs, so that none sends into a closing connection
+keep_alive_timeout = 5.0                # for so long hypercorn keeps a connection's descriptor after its client has left
 keep_alive_max_requests = 100_000
 h11_max_incomplete_size = 16 * 1024     # request line and headers
 h2_max_concurrent_streams = 1000

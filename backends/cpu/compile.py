@@ -34,7 +34,7 @@ def compiling_aside() -> Iterator[None]:
     if usable_cores() < 2 or not sys.executable or getattr(sys, "frozen", False) or is_compiled():
         yield
         return
-    command = [sys.executable, "-m", "backends.cpu.compile"]
+    command = [sys.executable, "-P", "-m", "backends.cpu.compile"]     # -P: nothing from the current folder
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as helper:  # noqa: S603
         try:
             yield

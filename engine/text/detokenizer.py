@@ -7,6 +7,7 @@ what may begin a stop string, so that no part of one is ever shown. It decides n
 import codecs
 import re
 from collections.abc import Sequence
+from copy import copy
 
 from engine.errors import InvalidRequest
 from engine.text.tokenizer import Tokenizer
@@ -35,6 +36,12 @@ class Detokenizer:
         self._pending = False                  # the decoder holds the first bytes of a character
         self._automaton = _Automaton(stop) if stop else None
         self._state = 0
+
+    def twin(self) -> "Detokenizer":
+        """A fresh one with the same settings; the automaton, which never changes, is shared."""
+        other = copy(self)
+        other._decoder = _UTF8("replace")
+        return other
 
     def push(self, token: int) -> str:
         """The text that `token` sets free; "" while a character or a stop string may be unfinished."""

@@ -149,6 +149,10 @@ def _backend(values: _Values, texts: list[str], kinds: Sequence[int], split: Spl
         model = models.BPE(vocabulary, merges, ignore_merges=split.ignore_merges)
     except Exception as error:             # tokenizers raises bare Exceptions: a part that is no token, and the like
         raise values.bad("merges", f"does not fit the tokens ({error})") from error
+    except BaseException as error:         # its Rust code panics where the two parts together are no token
+        if type(error).__name__ != "PanicException":
+            raise
+        raise values.bad("merges", "makes a token that is not in the list") from None
     backend = TokenizerBackend(model)
     steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in split.patterns]
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

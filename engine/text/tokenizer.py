@@ -9,6 +9,8 @@ from functools import cached_property
 
 from tokenizers import Tokenizer as TokenizerBackend
 
+from engine.errors import InvalidRequest
+
 __all__ = ["Tokenizer"]
 
 
@@ -54,6 +56,10 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError):                # text from a lax JSON parser: "\ud83d" alone
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             ids = self.backend.encode(text, add_special_tokens=False).ids
+        except BaseException as error:                         # the split's regular expression gives up on a huge word
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InvalidRequest("the text has a word or a run of spaces too long to tokenize: break it up") from None
         if not add_special:
             return ids
         if self._prefix is not None and ids[:1] != [self._prefix]:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 import anyio
+import anyio.lowlevel
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from engine import (
     InvalidRequest,
     Message,
     Overloaded,
+    RilletError,
     SamplingParams,
     StepFailed,
     Stream,
@@ -291,6 +293,10 @@ async def test_messages_go_through_the_template(toy: Opener) -> None:
         ("x", {"stop_token_ids": [10**6]}, "stop_token_ids"),
         ("x", {"logprobs": 21}, "logprobs"),
         ("x", {"seed": "x"}, "seed"),
+        ("x", {"temperature": 10**400}, "temperature"),
+        ("x", {"logit_bias": {1: 10**400}}, "logit_bias"),
+        ("x", {"stop": 5}, "stop"),
+        ("x", {"stop_token_ids": 5}, "stop_token_ids"),
         ("x", {"ignore_eos": "yes"}, "ignore_eos"),
         ("x", {"wings": 2}, "wings"),
     ],
@@ -431,6 +437,57 @@ async def test_a_backend_that_cannot_load_leaves_no_thread(toy: Opener) -> None:
             thread.join(20)
     assert backend.closed
     assert threading.active_count() <= before + 1                # a worker thread of the event loop may live on
+
+
+async def test_closing_inside_the_block_does_not_cancel_the_caller(toy: Opener) -> None:
+    async with toy() as engine:
+        await engine.generate([1], max_tokens=1)
+        await engine.close()
+        await anyio.lowlevel.checkpoint()
+        with pytest.raises(EngineClosed):
+            await engine.stream([1])
+
+
+async def test_two_readers_of_one_stream_are_told(toy: Opener) -> None:
+    backend = HeldBackend()
+    async with toy(backend) as engine:
+        stream = await engine.stream([1], max_tokens=1, ignore_eos=True)
+        async with anyio.create_task_group() as group:
+            group.start_soon(stream.collect)
+            await anyio.to_thread.run_sync(backend.waiting.wait)
+            with pytest.raises(RilletError, match="two tasks"):
+                await anext(stream)
+            backend.release.set()
+
+
+async def test_another_event_loop_is_refused(toy: Opener) -> None:
+    async with toy() as engine:
+        caught: list[Exception] = []
+
+        def elsewhere() -> None:
+            async def ask() -> None:
+                await engine.stream([1])
+
+            try:
+                anyio.run(ask)
+            except EngineClosed as error:
+                caught.append(error)
+
+        await anyio.to_thread.run_sync(elsewhere)
+        assert "another event loop" in str(caught[0])
+
+
+@pytest.mark.parametrize("wishes", [{"temperature": 1e-39}, {"temperature": 1.0, "top_p": 1e-50}])
+async def test_numbers_too_small_for_the_device_are_not_passed_on(toy: Opener, wishes: dict[str, float]) -> None:
+    backend = HeldBackend()
+    async with toy(backend) as engine:
+        stream = await engine.stream([1], max_tokens=1, **wishes)
+        await anyio.to_thread.run_sync(backend.waiting.wait)
+        step = backend.steps[0]
+        assert step.temperature[0] in (0.0, 1.0)
+        assert step.top_p[0] >= 1e-7
+        backend.release.set()
+        await stream.collect()
 
 
 async def test_model_names(toy: Opener) -> None:
