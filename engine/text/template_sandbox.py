@@ -33,9 +33,6 @@ SHALLOW = frozenset({
     "reverse", "select", "selectattr", "slice", "tojson",
 })
 EAGER = frozenset({"join", "list", "sort", "sum", "unique", "groupby", "min", "max", "last"})      # run through a generator
-COMPARING_TESTS = (
-    "==", "eq", "equalto", "!=", "ne", "<", "lt", "lessthan", "<=", "le", ">", "gt", "greaterthan", ">=", "ge", "in",
-)
 COMPARISONS = {
     "eq": " == ", "ne": " != ", "gt": " > ", "gteq": " >= ", "lt": " < ", "lteq": " <= ", "in": " in ", "notin": " not in ",
 }
@@ -100,8 +97,8 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         for name in LEFT_OUT_GLOBALS:
             del self.globals[name]
         self.filters.update({name: _guarded(name, filter_) for name, filter_ in self.filters.items()})
-        self.tests.update({name: _comparing(cast(Any, self.tests[name])) for name in COMPARING_TESTS})
-        self.tests["divisibleby"] = _divisible
+        self.tests.update({name: _comparing(cast(Any, test)) for name, test in self.tests.items()})
+        self.tests |= {"divisibleby": _divisible, "odd": _odd, "even": _even}
 
     tick = staticmethod(limits.tick)
 
@@ -133,7 +130,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
             return attr in NUMBER_ATTRIBUTES
         if isinstance(obj, bytes):
             return attr == "decode"
-        if isinstance(obj, str) and attr in ("translate", "maketrans"):
+        if isinstance(obj, str) and attr in ("translate", "maketrans", "encode"):       # some codecs take quadratic time
             return False
         return super().is_safe_attribute(obj, attr, value)
 
@@ -142,8 +139,8 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str | list | tuple | dict):
             args = _method_arguments(owner, getattr(__obj, "__name__", ""), args, kwargs)
-        elif isinstance(owner, jinja2.runtime.LoopContext):
-            for value in args:
+        else:                                              # dict(), namespace(), raise_exception() and the like
+            for value in (*args, *kwargs.values()):
                 __self.comparable(value)
         return super().call(__context, __obj, *args, **kwargs)
 
@@ -276,3 +273,13 @@ def _method_arguments(owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapp
     elif isinstance(owner, str) and name in limits.METHOD_CHECKS:
         limits.METHOD_CHECKS[name](owner, *args, **kwargs)
     return args
+
+
+def _odd(value: Any) -> bool:
+    return not _even(value)
+
+
+def _even(value: Any) -> bool:
+    if not isinstance(value, int | float):                 # `%` of a text is its formatting, and as large as it says
+        raise SecurityError("odd and even are of numbers")
+    return value % 2 == 0

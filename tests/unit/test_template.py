@@ -376,3 +376,22 @@ def test_a_long_conversation_is_well_within_the_bounds() -> None:
     for name in ("chatml", "thinking", "headers"):
         template = ChatTemplate(TEMPLATES[name], **GOLDEN["tokens"])
         assert len(template.render(messages)) > 10_000_000
+
+
+DEEP = "{% set ns=namespace(a=['x']) %}{% for i in range(40) %}{% set ns.a=[ns.a,ns.a] %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        DEEP + "{{ ns.a is upper }}",
+        DEEP + "{{ raise_exception(ns.a) }}",
+        DEEP.replace("['x']", "('x',)").replace("[ns.a,ns.a]", "(ns.a,ns.a)") + "{{ dict([(ns.a,1)]) }}",
+        DEEP.replace("['x']", "('x',)").replace("[ns.a,ns.a]", "(ns.a,ns.a)") + "{{ ns.a is filter }}",
+        "{{ '%2000000000d' is odd }}",
+        "{{ ('a'*4000000).encode('punycode') }}",
+    ],
+)
+def test_shared_structures_and_codecs_are_stopped(source: str) -> None:
+    with pytest.raises(InvalidRequest):
+        ChatTemplate(source).render([{"role": "user", "content": "x"}])
