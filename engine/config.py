@@ -7,7 +7,7 @@ opens a model or a device.
 import argparse
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
@@ -233,5 +233,3 @@ def read_chat_template(config: EngineConfig) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template {path}: {error}: give a readable UTF-8 file") from None
 
-
-FIELDS = frozenset(f.name for f in fields(EngineConfig))

@@ -52,7 +52,6 @@ class PagePool:
     def __init__(self, pages: int, page_tokens: int, *, max_sessions: int = 64) -> None:
         self.pages = pages
         self.page_tokens = page_tokens
-        self.evictions = 0
         self._references = [0] * pages
         self._after = [0] * pages
         self._key: list[bytes | None] = [None] * pages
@@ -89,7 +88,6 @@ class PagePool:
                 return None
             page, _ = self._cached.popitem(last=False)
             self._forget(page)
-            self.evictions += 1
         self._references[page] = 1
         return page
 

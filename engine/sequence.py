@@ -162,14 +162,6 @@ class Sequence:
         """Whether prompt logprobs or states are still to be had from it: then every position must run."""
         return self.recorded < self.prompt_length and not self.request.plain
 
-    @property
-    def output_ids(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
-
-    @property
-    def finished(self) -> bool:
-        return self.state is State.FINISHED
-
     def accept(self, token: int, logprobs: TokenLogprobs | None) -> bool:
         """Take the token that was drawn, tell the mailbox; True if this ends the sequence (finish_reason is then set)."""
         self.tokens.append(token)
