@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from backends.cpu.kernels import attention, elementwise, linear
 from backends.cpu.kernels.arithmetic import GROUP
 from backends.cpu.kernels.position import rotate_and_write
-from backends.cpu.weights import DenseMatrix, Lanes, LayerWeights, Matrix, Stack
+from backends.cpu.matrices import DenseMatrix, Lanes, Matrix
+from backends.cpu.weights import LayerWeights, Stack
 from engine.model.spec import Activation, Attention
 
 __all__ = ["Cache", "Ops", "Rows", "StepShape"]

@@ -11,7 +11,7 @@ from typing import assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.model.spec import FrequencyFactors, LinearScaling, Llama3Scaling, Rope, YarnScaling
+from engine.model.spec import FrequencyFactors, LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 
 __all__ = ["Rotation", "attention_factor", "frequencies"]
 
@@ -32,6 +32,8 @@ def frequencies(rope: Rope) -> Doubles:
             return _llama3(plain, rope.scaling)
         case YarnScaling():
             return _yarn(plain, rope, rope.scaling)
+        case LongRopeScaling():
+            raise AssertionError("ModelSpec.at_context chooses between the two sets of divisors")
         case _:
             assert_never(rope.scaling)
 
@@ -41,7 +43,7 @@ def attention_factor(rope: Rope) -> float:
     match rope.scaling:
         case YarnScaling(factor=factor, attention_factor=None):
             return 0.1 * log(factor) + 1.0 if factor > 1 else 1.0
-        case YarnScaling(attention_factor=float(given)):
+        case YarnScaling(attention_factor=float(given)) | FrequencyFactors(attention_factor=given):
             return given
         case _:
             return 1.0
@@ -61,8 +63,10 @@ def _yarn(plain: Doubles, rope: Rope, scaling: YarnScaling) -> Doubles:
     def pair_that_turns(times: float) -> float:
         return rope.rotary_size * log(scaling.original_context_length / (times * 2 * pi)) / (2 * log(rope.theta))
 
-    low = max(np.floor(pair_that_turns(scaling.beta_fast)), 0)
-    high = min(np.ceil(pair_that_turns(scaling.beta_slow)), rope.rotary_size - 1)
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0), min(high, rope.rotary_size - 1)
     ramp = np.clip((np.arange(len(plain)) - low) / max(high - low, 0.001), 0.0, 1.0)
     blended: Doubles = plain / scaling.factor * ramp + plain * (1 - ramp)
     return blended

@@ -4,7 +4,7 @@ Frozen dataclasses all the way down. A feature that a model does not have is Non
 so that a new feature is a type error in every backend that forgot it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Layer",
     "LinearScaling",
     "Llama3Scaling",
+    "LongRopeScaling",
     "Mixture",
     "ModelSpec",
     "Rope",
@@ -52,16 +53,32 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    truncate: bool = True                # the two border frequencies are rounded to whole pairs
 
 
 @dataclass(frozen=True, slots=True)
 class FrequencyFactors:
-    """One divisor per frequency, (rotary_size / 2,): what GGUF stores as `rope_freqs.weight`."""
+    """One divisor per frequency, (rotary_size / 2,): what GGUF stores as `rope_freqs.weight`.
+
+    attention_factor: what cosines and sines are multiplied by.
+    """
 
     divisors: tuple[float, ...]
+    attention_factor: float = 1.0
 
 
-RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | FrequencyFactors
+@dataclass(frozen=True, slots=True)
+class LongRopeScaling:
+    """LongRoPE (Ding et al. 2024): two sets of divisors, (rotary_size / 2,) each; the long one holds for contexts beyond
+    the original. ModelSpec.at_context chooses, so that no backend meets this type."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_context_length: int
+    attention_factor: float = 1.0
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | FrequencyFactors | LongRopeScaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +149,8 @@ class ModelSpec:
     embedding (V, D); norm (D,); output (V, D) unless tied_output; and per layer i, after `layers.{i}.`:
     attention_norm (D,); query (H hs, D), key, value (KV hs, D); query_bias, key_bias, value_bias; query_norm, key_norm
     (hs,); attention_output (D, H hs), attention_output_bias; attention_post_norm (D,); feed_norm (D,); gate, up (F, D),
-    down (D, F); feed_post_norm (D,); router (E, D); expert_gate, expert_up (E, F, D), expert_down (E, D, F);
-    shared_gate, shared_up, shared_down, shared_router (1, D).
+    down (D, F); feed_post_norm (D,); router (E, D); per expert e experts.{e}.gate, experts.{e}.up (F, D) and
+    experts.{e}.down (D, F); shared_gate, shared_up (S, D), shared_down (D, S), shared_router (1, D).
     """
 
     family: str
@@ -143,6 +160,10 @@ class ModelSpec:
     norm_epsilon: float
     tied_output: bool
     context_length: int
+
+    def at_context(self, context_length: int) -> "ModelSpec":
+        """The same model for sequences of at most `context_length` tokens: LongRoPE's divisors are chosen."""
+        return replace(self, layers=tuple(_layer_at_context(layer, context_length) for layer in self.layers))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape, for every tensor that this model must have."""
@@ -154,6 +175,16 @@ class ModelSpec:
             for name, shape in _layer_shapes(layer, hidden).items():
                 shapes[f"layers.{index}.{name}"] = shape
         return shapes
+
+
+def _layer_at_context(layer: Layer, context_length: int) -> Layer:
+    match layer.attention.rope.scaling:
+        case LongRopeScaling(short, long, original, attention_factor):
+            divisors = long if context_length > original else short
+            rope = replace(layer.attention.rope, scaling=FrequencyFactors(divisors, attention_factor))
+            return replace(layer, attention=replace(layer.attention, rope=rope))
+        case _:
+            return layer
 
 
 def _layer_shapes(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -179,12 +210,13 @@ def _layer_shapes(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
         case Dense(width=width):
             shapes |= {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
         case Mixture(experts=experts, width=width, shared_width=shared):
-            shapes |= {
-                "router": (experts, hidden),
-                "expert_gate": (experts, width, hidden),
-                "expert_up": (experts, width, hidden),
-                "expert_down": (experts, hidden, width),
-            }
+            shapes["router"] = (experts, hidden)
+            for expert in range(experts):
+                shapes |= {
+                    f"experts.{expert}.gate": (width, hidden),
+                    f"experts.{expert}.up": (width, hidden),
+                    f"experts.{expert}.down": (hidden, width),
+                }
             if shared is not None:
                 shapes |= {
                     "shared_gate": (shared, hidden),

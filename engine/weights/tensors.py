@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engine.errors import UnsupportedModel
 
-__all__ = ["STORAGE", "STORAGE_BY_GGUF_ID", "RawTensor", "StorageType", "TensorSource", "to_float32"]
+__all__ = ["STORAGE", "STORAGE_BY_GGUF_ID", "Part", "RawTensor", "StorageType", "TensorSource", "to_float32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,27 @@ class RawTensor:
     @property
     def row_bytes(self) -> int:
         return self.shape[-1] // self.storage.block * self.storage.bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where a canonical tensor lies in a file: the whole of tensor `name`, or `rows` of its rows from `first_row` on.
+
+    Rows count over all leading axes, so that expert e of a tensor (E, F, D) is the F rows from e F on, and the gate of a
+    fused (2 F, D) its first F rows.
+    """
+
+    name: str
+    first_row: int = 0
+    rows: int | None = None
+
+    def of(self, tensor: RawTensor, canonical: str) -> RawTensor:
+        """That part of the file's tensor, a view of its bytes. The rows must be there: whoever makes Parts checks it."""
+        if self.rows is None:
+            return tensor
+        start, stop = self.first_row * tensor.row_bytes, (self.first_row + self.rows) * tensor.row_bytes
+        assert 0 <= start < stop <= tensor.data.nbytes, (canonical, self, tensor.shape)
+        return RawTensor(tensor.name, (self.rows, tensor.shape[-1]), tensor.storage, tensor.data[start:stop], tensor.file)
 
 
 class TensorSource(Protocol):
