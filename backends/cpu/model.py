@@ -1,4 +1,4 @@
-"""The forward pass: one loop that reads like the paper, for every dense family. runner.py calls it on the compute thread.
+"""The forward pass: one loop that reads like the paper, for every family. runner.py calls it on the compute thread.
 
 A Model knows spec, weights and cache; it knows neither tickets nor sampling. What layers have in common in a step (slots,
 rotations, blocks of queries) is made once, before the loop.
@@ -9,11 +9,12 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.cpu import mixture
 from backends.cpu.ops import Cache, Ops, Rows, StepShape
 from backends.cpu.rope import Rotation
-from backends.cpu.weights import ModelWeights, Stack
+from backends.cpu.weights import DenseWeights, LayerWeights, MixtureWeights, ModelWeights, Stack
 from engine.errors import UnsupportedModel
-from engine.model.spec import Activation, Dense, Layer, Mixture, ModelSpec, Rope
+from engine.model.spec import Dense, Layer, Mixture, ModelSpec, Rope
 from engine.step import IntArray, StepInput
 
 __all__ = ["PAGE_TOKENS", "Model", "make_cache", "page_bytes", "refuse_unsupported", "step_shape"]
@@ -41,9 +42,20 @@ class Model:
             ops.rotate(qkv, number, layer.attention, w, cache, shape)
             mixed = ops.attend(qkv, number, layer.attention, cache, shape)                        # (T, H hs)
             self.join(x, mixed, w.attention_output, w.attention_output_bias, w.attention_post_norm)
-            gate_up = ops.linear(ops.rms_norm(x, w.feed_norm), w.gate_up, "gate_up")              # (T, 2 F)
-            self.join(x, ops.gated(gate_up, activation(layer)), w.down, NOTHING, w.feed_post_norm)
+            self.feed(x, ops.rms_norm(x, w.feed_norm), layer, w)
         return x
+
+    def feed(self, x: Rows, normed: Rows, layer: Layer, w: LayerWeights) -> None:
+        """x += the layer's feed-forward, dense or mixture."""
+        match layer.feed_forward, w.feed:
+            case Dense(activation=activation), DenseWeights():
+                gate_up = self.ops.linear(normed, w.feed.gate_up, "gate_up")                      # (T, 2 F)
+                self.join(x, self.ops.gated(gate_up, activation), w.feed.down, NOTHING, w.feed_post_norm)
+            case Mixture() as spec, MixtureWeights():
+                mixed = mixture.feed(self.ops, normed, spec, w.feed)                              # (T, D)
+                self.ops.add(x, self.ops.rms_norm(mixed, w.feed_post_norm) if layer.post_norms else mixed)
+            case _:
+                raise AssertionError("the loader makes the weights from the spec")
 
     def join(self, x: Rows, branch: Rows, stack: Stack, bias: NDArray[np.float32], post_norm: NDArray[np.float32]) -> None:
         """x += branch W^T + bias, normed before it is added where the layer has post norms."""
@@ -75,8 +87,7 @@ class Model:
         first, attention = self.weights.layers[0], self.spec.layers[0].attention
         qkv = self.ops.linear(self.ops.rms_norm(x, first.attention_norm), first.qkv, "qkv")
         self.ops.rotate(qkv, 0, attention, first, cache, self.shapes(step)[attention.rope])
-        gate_up = self.ops.linear(self.ops.rms_norm(x, first.feed_norm), first.gate_up, "gate_up")
-        self.ops.linear(self.ops.gated(gate_up, activation(self.spec.layers[0])), first.down, "warm_up")
+        self.feed(x, self.ops.rms_norm(x, first.feed_norm), self.spec.layers[0], first)
         self.logits(self.final_states(x, np.zeros(1, np.intp)))
 
 
@@ -86,14 +97,6 @@ def step_shape(spec: ModelSpec, step: StepInput, rotation: Rotation) -> StepShap
 
 
 NOTHING = np.empty(0, np.float32)
-
-
-def activation(layer: Layer) -> Activation:
-    match layer.feed_forward:
-        case Dense(activation=name):
-            return name
-        case Mixture():
-            raise AssertionError("refuse_unsupported lets no mixture through")
 
 
 def query_blocks(spec: ModelSpec, step: StepInput) -> IntArray:
@@ -112,14 +115,6 @@ def refuse_unsupported(spec: ModelSpec) -> None:
     """Raise UnsupportedModel for what this backend does not have, before any memory is taken."""
     first = spec.layers[0].attention
     for number, layer in enumerate(spec.layers):
-        match layer.feed_forward:
-            case Mixture(experts=experts):
-                raise UnsupportedModel(
-                    f"{spec.family}: layer {number} is a mixture of {experts} experts, which the cpu backend does not have "
-                    "yet: choose a dense model"
-                )
-            case Dense():
-                pass
         a = layer.attention
         if (a.heads, a.kv_heads, a.head_size) != (first.heads, first.kv_heads, first.head_size):
             raise UnsupportedModel(

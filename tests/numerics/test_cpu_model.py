@@ -9,8 +9,7 @@ import pytest
 
 from backends.cpu.runner import CpuBackend
 from engine.backend import LoadOptions
-from engine.errors import BackendError, OutOfDeviceMemory, StepFailed, UnsupportedModel
-from engine.model.spec import Mixture
+from engine.errors import BackendError, OutOfDeviceMemory, StepFailed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LLAMA_CPP = json.loads((GOLDEN / "llama_cpp_logits.json").read_text())
@@ -133,14 +132,6 @@ def test_an_index_outside_surfaces_in_wait(lanes_backend, make_step, field, valu
 def test_a_cache_that_does_not_fit_says_the_numbers(lanes_backend) -> None:
     with pytest.raises(OutOfDeviceMemory, match=r"gets 1 MB, one page of 32 tokens takes 1\.5 MB"):
         lanes_backend.allocate_cache(1_000_000)
-
-
-def test_a_mixture_is_refused_before_anything_is_read(demo) -> None:
-    layer = replace(demo.spec.layers[0], feed_forward=Mixture(8, 2, 64, normalize_top_k=True))
-    backend = CpuBackend()
-    with pytest.raises(UnsupportedModel, match="layer 0 is a mixture of 8 experts"):
-        backend.load(replace(demo.spec, layers=(layer,)), demo.tensors, LoadOptions(), lambda what, done, of: None)
-    backend.close()
 
 
 def test_a_closed_backend_refuses_and_closing_twice_is_fine(make_step) -> None:
