@@ -4,7 +4,7 @@
 """
 
 from engine.api import Embedding, Engine, Prompt
-from engine.config import EngineConfig, Flag, parse_environment, parse_flags
+from engine.config import EngineConfig, Flag, GenerationConfig, parse_environment, parse_flags
 from engine.errors import (
     BackendError,
     BadModelFile,
@@ -27,6 +27,7 @@ from engine.metrics import Histogram, Metrics, Statistics
 from engine.sampling import SamplingParams
 from engine.sequence import Logprob, TokenLogprobs
 from engine.stream import Choice, Delta, Result, Stream, Usage
+from engine.synchronous import EngineStream, GenerationOutput, StreamItem, SynchronousEngine
 from engine.text.messages import Message
 
 __version__ = "0.1.0"
@@ -42,7 +43,10 @@ __all__ = [
     "Engine",
     "EngineClosed",
     "EngineConfig",
+    "EngineStream",
     "Flag",
+    "GenerationConfig",
+    "GenerationOutput",
     "Histogram",
     "InvalidRequest",
     "Logprob",
@@ -60,6 +64,8 @@ __all__ = [
     "Statistics",
     "StepFailed",
     "Stream",
+    "StreamItem",
+    "SynchronousEngine",
     "TokenLogprobs",
     "UnknownModel",
     "UnsupportedModel",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from random import Random
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import anyio
 import anyio.abc
@@ -41,15 +41,19 @@ from engine.step import FloatArray
 from engine.stream import Mailbox, Result, Stream
 from engine.text.detokenizer import Detokenizer
 from engine.text.messages import Message
-from engine.text.template import ChatTemplate
+from engine.text.template import RESERVED, ChatTemplate
 from engine.text.tokenizer import Tokenizer
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
-from engine.weights.hub import DEMO_SAMPLING, demo_model, resolve_model
+from engine.weights.hub import DEMO_SAMPLING, demo_model, model_path
+
+if TYPE_CHECKING:
+    from engine.synchronous import SynchronousEngine
 
 __all__ = ["Embedding", "Engine", "Prompt"]
 
 log = logging.getLogger("rillet")
 T = TypeVar("T")
+TEMPLATE_NAMES = RESERVED | {"self", "deadline_s"}        # what template_arguments cannot set
 DECODING_SHARE = 8                                       # a step that also decodes takes 1 / 8 of its tokens from prompts
 
 
@@ -66,7 +70,7 @@ class _Running:
 
     def __init__(
         self, checkpoint: Checkpoint, backend: Backend, device: DeviceThread, scheduler: Scheduler, core: Core,
-        prompts: PromptReader, on_loop: Callable[[Callable[[], object]], object],
+        prompts: PromptReader, has_template: bool, on_loop: Callable[[Callable[[], object]], object],
     ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.backend = backend
@@ -74,8 +78,10 @@ class _Running:
         self.scheduler = scheduler
         self.core = core
         self.prompts = prompts
+        self.has_template = has_template
         self.on_loop = on_loop
         self.token = current_token()
+        self.scope = anyio.CancelScope()                 # of the loop
 
 
 class Engine:
@@ -87,13 +93,34 @@ class Engine:
                 print(delta.text, end="")
 
     `progress` is called while loading, from the device thread. `backend` and `checkpoint` are used instead of what the config
-    names (tests, benchmarks, own backends).
+    names (tests, benchmarks, own backends). With a dtype, Engine(config, "bf16") is vllm.rs's engine: it loads at once and
+    its methods block (engine.synchronous).
     """
 
+    def __new__(
+        cls, config: EngineConfig | None = None, dtype: str | None = None, **keywords: object
+    ) -> "Engine":
+        if cls is Engine and dtype is not None:
+            from engine.synchronous import SynchronousEngine  # lazily: it is built on this class
+
+            return object.__new__(SynchronousEngine)     # whose __init__ is called next
+        return object.__new__(cls)
+
+    @overload
     def __init__(
         self, config: EngineConfig | None = None, *, progress: Progress | None = None, backend: Backend | None = None,
         checkpoint: Checkpoint | None = None,
+    ) -> None: ...  # fmt: skip
+    @overload
+    def __init__(  # type: ignore[misc]  # a call of this form makes the subclass: __new__
+        self: "SynchronousEngine", config: EngineConfig | None, dtype: str, *, progress: Progress | None = None,
+        backend: Backend | None = None, checkpoint: Checkpoint | None = None,
+    ) -> None: ...  # fmt: skip
+    def __init__(
+        self, config: EngineConfig | None = None, dtype: str | None = None, *, progress: Progress | None = None,
+        backend: Backend | None = None, checkpoint: Checkpoint | None = None,
     ) -> None:  # fmt: skip
+        assert dtype is None, "SynchronousEngine keeps its dtype in the config"
         self.config = config or EngineConfig()
         self.metrics = Metrics()
         self._progress = progress or (lambda what, done, total: None)
@@ -102,18 +129,23 @@ class Engine:
         self._numbers = count(1)
         self._random = Random(self.config.seed) if self.config.seed is not None else None  # noqa: S311 (no secret)
         self._running: _Running | None = None
+        self._opened = False                             # or being opened
+        self._closed = False
         self._group: anyio.abc.TaskGroup | None = None
-        self._scope = anyio.CancelScope()
 
     # ---- opening and closing --------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> "Engine":
-        if self._running is not None:
-            raise EngineClosed("this engine was opened already: make a new Engine")
+        if self._opened or self._closed:
+            raise EngineClosed("this engine was opened or closed already: make a new Engine")
+        self._opened = True
         config = self.config
         device = DeviceThread()
         backend = self._given_backend
         try:
+            if config.isq is not None:
+                message = f"--isq {config.isq}: quantizing while loading is not built yet"
+                raise ConfigError(f"{message}: use a GGUF file that is quantized already")
             checkpoint = self._given_checkpoint
             if checkpoint is None:
                 checkpoint = await anyio.to_thread.run_sync(self._open_checkpoint)
@@ -121,26 +153,33 @@ class Engine:
             template = _template(checkpoint, override)
             if backend is None:
                 backend = await device.call(create_backend, config.backend)
-            self._running = await self._load(device, backend, checkpoint, template)
+            running = await self._load(device, backend, checkpoint, template)
+            self._check_wanted()
         except BaseException:
+            self._closed = True                          # what still loads on the device thread stops where it reports
             if backend is not None:
                 device.stop_after(backend.close)
             else:
                 device.stop()
             raise
+        self._running = running
         self._group = anyio.create_task_group()
         await self._group.__aenter__()
-        self._group.start_soon(self._run, self._running.core, name="rillet-core")
+        self._group.start_soon(_run, running, name="rillet-core")
         return self
 
-    async def _run(self, core: Core) -> None:
-        """The loop in a scope of its own: ending it must not cancel the block that the engine is used in."""
-        with self._scope:
-            await core.run()
+    def _check_wanted(self) -> None:
+        if self._closed:
+            raise EngineClosed("the engine was closed while it loaded")
+
+    def _report(self, what: str, done: int, total: int) -> None:
+        """The progress of loading, called on the device thread; loading that nobody waits for any more ends here."""
+        self._check_wanted()
+        self._progress(what, done, total)
 
     def _open_checkpoint(self) -> Checkpoint:
         c = self.config
-        path = resolve_model(c.model_id, c.weight_path, c.weight_file, c.hf_token, c.revision)
+        path = model_path(c)
         checkpoint = open_checkpoint(path)
         if c.model_id is c.weight_path is c.weight_file is None and path == demo_model():
             checkpoint = replace(checkpoint, sampling_defaults={**DEMO_SAMPLING, **checkpoint.sampling_defaults})
@@ -158,15 +197,16 @@ class Engine:
         if max_num_seqs > min(info.max_places, max_batch_tokens):
             raise ConfigError(
                 f"max_num_seqs is {max_num_seqs}, but a step of the {info.name} backend has at most "
-                f"{min(info.max_places, max_batch_tokens)} rows: lower --max-num-seqs or raise --max-batch-tokens"
+                f"{min(info.max_places, max_batch_tokens)} rows: lower it, or raise --max-batch-tokens"
             )
         if max_batch_tokens > info.max_batch_tokens:
             raise ConfigError(f"max_batch_tokens is {max_batch_tokens}, {info.name} takes at most {info.max_batch_tokens}")
+        spec = spec.at_context(context_length)
         options = LoadOptions(
             dtype=config.dtype, threads=config.threads, device_ids=config.device_ids, kv_fraction=config.kv_fraction,
             fp8_kvcache=config.fp8_kvcache, context_length=context_length, max_num_seqs=max_num_seqs,
         )  # fmt: skip
-        await device.call(backend.load, spec, checkpoint.tensors, options, self._progress)
+        await device.call(backend.load, spec, checkpoint.tensors, options, self._report)
         if checkpoint is not self._given_checkpoint:
             checkpoint.close()                            # the backend has its weights
         pages = await device.call(backend.allocate_cache, config.kv_bytes)
@@ -183,7 +223,7 @@ class Engine:
             backend, device, scheduler, self.metrics, most=config.max_waiting, lookahead=config.lookahead
         )
         prompts = PromptReader(checkpoint, template, context_length)
-        return _Running(checkpoint, backend, device, scheduler, core, prompts, loop_caller())
+        return _Running(checkpoint, backend, device, scheduler, core, prompts, template is not None, loop_caller())
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -194,16 +234,18 @@ class Engine:
 
     async def drain(self, deadline_s: float = 30.0) -> None:
         """Refuse what is new, wait until the rest has ended; what has not after deadline_s ends with "abort"."""
-        await self._core.drain(deadline_s)
+        await self._here.core.drain(deadline_s)
 
     async def close(self) -> None:
-        """End every stream, stop the loop, free the device; idempotent. Streams end with finish_reason "abort"."""
+        """End every stream, stop the loop, free the device; idempotent. Streams end with finish_reason "abort". An engine
+        that still loads is closed as soon as the backend lets go, and entering it raises EngineClosed."""
+        self._closed = True
         running = self._running
-        if running is None or self._scope.cancel_called:
+        if running is None or running.scope.cancel_called:
             return
         with anyio.CancelScope(shield=True):
             await running.core.drain(0)
-            self._scope.cancel()
+            running.scope.cancel()
             try:
                 await running.device.call(running.backend.close)
             finally:
@@ -216,8 +258,10 @@ class Engine:
         return self._running
 
     @property
-    def _core(self) -> Core:
-        return self._live.core
+    def _here(self) -> _Running:
+        if current_token() != self._live.token:
+            raise EngineClosed("the engine is open on another event loop: use it there, or open one here")
+        return self._live
 
     @property
     def failure(self) -> Exception | None:
@@ -226,7 +270,7 @@ class Engine:
 
     async def wait_failed(self) -> Exception:
         """Return when the engine is dead, with why; a healthy engine keeps the caller waiting."""
-        core = self._core
+        core = self._here.core
         await core.died.wait()
         assert core.failure is not None
         return core.failure
@@ -237,12 +281,10 @@ class Engine:
         """Admit a request. Everything that can be refused is refused here: InvalidRequest, ContextTooLong, Overloaded,
         EngineClosed. Sampling parameters are given as SamplingParams, as plain keywords, or both (keywords win); for
         messages, `template_arguments` (a dict) and `tools` (a list) reach the chat template."""
-        running = self._live
-        if current_token() != running.token:
-            raise EngineClosed("the engine is open on another event loop: use it there, or open one here")
+        running = self._here
         running.core.check_open()
-        arguments = keywords.pop("template_arguments", None) or {}
-        tools = keywords.pop("tools", None)
+        tools, arguments = keywords.pop("tools", None), keywords.pop("template_arguments", None) or {}
+        _check_template_arguments(tools, arguments)
         wishes = self._resolve(merge(params, keywords))
         running.core.check_room(wishes.n)
         tokens = await running.prompts.tokens(prompt, tools, arguments)
@@ -254,7 +296,7 @@ class Engine:
 
     async def embed(self, prompt: Prompt, *, pooling: Literal["mean", "last"] = "mean") -> Embedding:
         """The prompt's state after the last norm, pooled over its tokens."""
-        running = self._live
+        running = self._here
         running.core.check_open()
         if pooling not in ("mean", "last"):
             raise InvalidRequest(f"pooling must be mean or last, not {pooling!r}", field="pooling")
@@ -274,6 +316,7 @@ class Engine:
         tools: list[dict[str, Any]] | None = None, **arguments: Any,
     ) -> str:  # fmt: skip
         """The text that the model's chat template makes of messages."""
+        _check_template_arguments(tools, arguments)
         return await self._live.prompts.render(messages, tools, arguments, add_generation_prompt)
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
@@ -349,6 +392,11 @@ class Engine:
         return self._live.prompts.context_length
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be prompts; without one only texts and token ids can."""
+        return self._live.has_template
+
+    @property
     def max_num_seqs(self) -> int:
         return self._live.scheduler.limits.max_num_seqs
 
@@ -400,12 +448,28 @@ class Engine:
         )
 
 
+async def _run(running: _Running) -> None:
+    """The loop in a scope of its own: ending it must not cancel the block that the engine is used in."""
+    with running.scope:
+        await running.core.run()
+
+
 def _template(checkpoint: Checkpoint, override: str | None) -> ChatTemplate | None:
     if override is None:
         return checkpoint.template
     tokenizer = checkpoint.tokenizer
     bos = tokenizer.token_text(tokenizer.bos_id) if tokenizer.bos_id is not None else ""
     return ChatTemplate(override, bos_token=bos, eos_token="")
+
+
+def _check_template_arguments(tools: object, arguments: object) -> None:
+    if tools is not None and not isinstance(tools, list | tuple):
+        raise InvalidRequest(f"tools must be a list, not {repr(tools)[:40]}", field="tools")
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        message = f"template_arguments must map names to values, not {repr(arguments)[:40]}"
+        raise InvalidRequest(message, field="template_arguments")
+    if clash := arguments.keys() & TEMPLATE_NAMES:
+        raise InvalidRequest(f"{min(clash)!r} cannot be given to the template: leave it out", field="template_arguments")
 
 
 def _context_length(config: EngineConfig, spec: ModelSpec) -> int:

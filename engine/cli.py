@@ -1,4 +1,4 @@
-"""The console script `rillet`: chat is engine's own, other commands come from the entry points `rillet.commands`.
+"""The console script `rillet`: chat and the models' commands are engine's own, others are entry points `rillet.commands`.
 
 So the engine starts the server without importing it. A command is a function of its arguments that returns an exit code.
 """
@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import cast
 
-from engine import __version__
+from engine import __version__, models_cli
+from engine.vllm_rs import with_command
 
 __all__ = ["main"]
 
@@ -17,7 +18,10 @@ GROUP = "rillet.commands"
 Command = Callable[[Sequence[str]], int | None]
 HELP = {
     "chat": "chat with a model in the terminal or through a pipe",
+    "complete": "answer some prompts as one batch, or measure with --batch",
+    "bench": "measure this machine and this build, beside llama.cpp if it is installed",
     "serve": "serve a model to OpenAI clients over HTTP",
+    **models_cli.HELP,
 }
 
 
@@ -35,6 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from engine import chat
 
             return chat.main(rest)
+        case "complete":
+            from engine import completion
+
+            return completion.main(rest)
+        case "bench":
+            from engine.bench import __main__ as bench
+
+            return bench.main(rest)
+        case name if name.startswith("--"):              # vllm.rs's own program
+            return main(with_command([name, *rest]))
+        case name if name in models_cli.COMMANDS:
+            return models_cli.COMMANDS[name](rest)
     try:
         command = _command(name)
     except ImportError as error:
@@ -49,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _names() -> list[str]:
-    return ["chat", *sorted(entry_points(group=GROUP).names)]
+    return ["chat", *sorted(entry_points(group=GROUP).names), "complete", *models_cli.HELP, "bench"]
 
 
 def _command(name: str) -> Command | None:

@@ -210,7 +210,7 @@ class Core:
     def _deliver(self, plan: Plan, output: StepOutput) -> None:
         metrics, now = self.metrics, monotonic()
         metrics.steps_total += 1
-        metrics.generation_tokens_total += len(plan.draws)
+        metrics.generation_tokens_total += sum(sequence.state is not State.FINISHED for sequence in plan.draws)
         metrics.iteration_tokens_total.observe(plan.step.token_count)
         self.scheduler.deliver(plan, output)
         metrics.num_preemptions = self.scheduler.preemptions

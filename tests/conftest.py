@@ -1,6 +1,7 @@
 """Fixtures for every test: both event loops, the tiny checkpoint, the demo model's file."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,19 @@ import pytest
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from engine.weights.hub import resolve_model
 from tests.support.tiny_gguf import write_tiny_gguf
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A program's main(), run in this process, sets up logging for a whole process."""
+    root, own, hub = logging.getLogger(), logging.getLogger("rillet"), logging.getLogger("huggingface_hub")
+    before = root.level, own.level, hub.propagate
+    handlers = root.handlers[:]
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(before[0])
+    own.setLevel(before[1])
+    hub.propagate = before[2]
 
 
 @pytest.fixture(params=["asyncio", "trio"])

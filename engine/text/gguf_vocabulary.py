@@ -1,36 +1,24 @@
 """A GGUF vocabulary (`tokenizer.ggml.*`) -> Tokenizer. The one place that knows how llama.cpp names tokenizers.
 
-checkpoint.py calls read_gguf_tokenizer(). Byte-level BPE (`gpt2`) is here; another `tokenizer.ggml.model` becomes another
-function in KINDS. A split pattern that is not known is refused: a wrong one gives plausible text from a crippled model.
+checkpoint.py calls read_gguf_tokenizer(). Byte-level BPE (`gpt2`) and sentencepiece BPE (`llama`) are here; another
+`tokenizer.ggml.model` becomes another function in KINDS. A split pattern that is not known is refused: a wrong one gives
+plausible text from a crippled model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
 
 from tokenizers import AddedToken, Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as TokenizerBackend
 
 from engine.errors import BadModelFile, UnsupportedModel
 from engine.text.byte_alphabet import spelled_bytes
+from engine.text.end_tokens import END_MARKERS, end_tokens
+from engine.text.gguf_values import CONTROL, CURE, PREFIX, UNKNOWN, UNUSED, USER_DEFINED, GgufValues
+from engine.text.sentencepiece import Piece, sentencepiece_tokenizer
 from engine.text.split_patterns import SPLITS, Split
 from engine.text.tokenizer import Tokenizer
 
 __all__ = ["read_gguf_tokenizer"]
-
-PREFIX = "tokenizer.ggml."
-CURE = "download the file again, or take another conversion"
-MAX_TOKEN_CHARACTERS = 1 << 16
-
-# GGUF's token types
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
-
-# Tokens that end a turn whatever the file calls its eos, found by their text as llama.cpp does. The first row is a
-# marker even where a converter forgot to say so; texts of the second row are ordinary words in some vocabularies.
-END_MARKERS = frozenset({
-    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|return|>", "<|call|>",
-    "<｜end▁of▁sentence｜>",
-})
-END_WORDS = frozenset({"</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]", "<end_of_turn>", "<end_of_utterance>"})
 
 
 def read_gguf_tokenizer(values: Mapping[str, object], file: str, rows: int) -> Tokenizer:
@@ -46,74 +34,66 @@ def read_gguf_tokenizer(values: Mapping[str, object], file: str, rows: int) -> T
             f"{file}: its tokenizer is of the kind {kind[:40]!r}, Rillet reads {', '.join(sorted(KINDS))} from GGUF: take "
             "another model"
         )
-    return KINDS[kind](_Values(values, file), rows)
+    return KINDS[kind](GgufValues(values, file), rows)
 
 
-class _Values:
-    """Typed reading of `tokenizer.ggml.*`."""
-
-    def __init__(self, values: Mapping[str, object], file: str) -> None:
-        self.values = values
-        self.file = file
-
-    def bad(self, key: str, message: str) -> BadModelFile:
-        return BadModelFile(f"{PREFIX}{key} {message}: {CURE}", file=self.file)
-
-    def texts(self, key: str) -> list[str]:
-        value = self.values.get(PREFIX + key)
-        if not isinstance(value, list) or not value or not all(type(each) is str for each in value):
-            raise self.bad(key, "must be a list of texts")
-        return cast(list[str], value)
-
-    def types(self, count: int) -> Sequence[int]:
-        value = self.values.get(PREFIX + "token_type", [1] * count)
-        if not isinstance(value, list) or not all(type(each) is int for each in value):
-            raise self.bad("token_type", "must be a list of integers")
-        if len(value) != count:
-            raise self.bad("token_type", f"has {len(value):,} entries for {count:,} tokens")
-        return cast(list[int], value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(PREFIX + key, default)
-        if not isinstance(value, bool):
-            raise self.bad(key, f"is {value!r}, it must be true or false")
-        return value
-
-    def token(self, key: str, count: int) -> int | None:
-        value = self.values.get(f"{PREFIX}{key}_token_id")
-        if value is None or value == 0xFFFFFFFF:               # some converters write "none" so
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
-            raise self.bad(f"{key}_token_id", f"is {value!r}, ids go from 0 to {count - 1:,}")
-        return value
-
-
-def _byte_level_bpe(values: _Values, rows: int) -> Tokenizer:
+def _byte_level_bpe(values: GgufValues, rows: int) -> Tokenizer:
     split = _split(values)
-    texts = _unique(values, values.texts("tokens"), rows)
-    kinds = [CONTROL if text in END_MARKERS else kind for text, kind in zip(texts, values.types(len(texts)), strict=True)]
+    texts = values.tokens(rows)
+    kinds = _marked_ends(texts, values.types(len(texts)))
     backend = _backend(values, texts, kinds, split)
-    bos = values.token("bos", len(texts))
-    eos = values.token("eos", len(texts))
-    ends = {eos, values.token("eot", len(texts)), values.token("eom", len(texts))} - {None}
-    ends |= {
-        token
-        for token, (text, kind) in enumerate(zip(texts, kinds, strict=True))
-        if kind == CONTROL and (text in END_MARKERS or text in END_WORDS)
-    }
+    bos, eos = values.token("bos", len(texts)), values.token("eos", len(texts))
     return Tokenizer(
         backend,
         pieces=tuple(_piece(text, kind) for text, kind in zip(texts, kinds, strict=True)) + (b"",) * (rows - len(texts)),
         special_ids=frozenset(token for token, kind in enumerate(kinds) if kind in (CONTROL, UNKNOWN)),
         bos_id=bos,
         eos_id=eos,
-        end_ids=frozenset(cast(set[int], ends)),
-        add_bos=values.flag("add_bos_token", split.add_bos),
-        add_eos=values.flag("add_eos_token", False),
+        end_ids=_end_ids(values, texts, kinds, eos),
+        prefix=_added("bos", bos, values, split.add_bos),
+        suffix=_added("eos", eos, values, False),
     )
 
 
-def _split(values: _Values) -> Split:
+def _sentencepiece_bpe(values: GgufValues, rows: int) -> Tokenizer:
+    texts = values.tokens(rows)
+    count = len(texts)
+    kinds, scores = _marked_ends(texts, values.types(count)), values.scores(count)
+    # llama.cpp's defaults are those of Llama 2
+    bos, eos, unknown = values.token("bos", count, 1), values.token("eos", count, 2), values.token("unknown", count, 0)
+    return sentencepiece_tokenizer(
+        [Piece(*piece) for piece in zip(texts, scores, kinds, strict=True)],
+        file=values.file,
+        rows=rows,
+        unknown_id=unknown,
+        bos_id=bos,
+        eos_id=eos,
+        end_ids=_end_ids(values, texts, kinds, eos),
+        prefix=_added("bos", bos, values, True),
+        suffix=_added("eos", eos, values, False),
+        space_prefix=values.flag("add_space_prefix", True),
+        # Phi-3's own tokenizer swallows the spaces behind its markers; GGUF has no key for it
+        strip_behind_markers=values.values.get("general.architecture") == "phi3",
+    )
+
+
+def _added(name: str, token: int | None, values: GgufValues, default: bool) -> tuple[int, ...]:
+    """The begin or end token as what goes around a text."""
+    wanted = values.flag(f"add_{name}_token", default)
+    return (token,) if wanted and token is not None else ()
+
+
+def _marked_ends(texts: Sequence[str], kinds: Sequence[int]) -> list[int]:
+    return [CONTROL if text in END_MARKERS else kind for text, kind in zip(texts, kinds, strict=True)]
+
+
+def _end_ids(values: GgufValues, texts: Sequence[str], kinds: Sequence[int], eos: int | None) -> frozenset[int]:
+    named = (eos, values.token("eot", len(texts)), values.token("eom", len(texts)))
+    special = {text: token for token, (text, kind) in enumerate(zip(texts, kinds, strict=True)) if kind == CONTROL}
+    return end_tokens(special) | frozenset(token for token in named if token is not None)
+
+
+def _split(values: GgufValues) -> Split:
     name = values.values.get(PREFIX + "pre", "default")
     if not isinstance(name, str) or name not in SPLITS:
         raise UnsupportedModel(
@@ -123,21 +103,7 @@ def _split(values: _Values) -> Split:
     return SPLITS[name]
 
 
-def _unique(values: _Values, texts: list[str], rows: int) -> list[str]:
-    """The tokens' texts, the empty ones renamed as llama.cpp does; twice the same text would make an id unreachable."""
-    if len(texts) > rows:
-        raise values.bad("tokens", f"has {len(texts):,} entries, the embedding has {rows:,} rows")
-    named = [text or f"[EMPTY_{token}]" for token, text in enumerate(texts)]
-    if len(set(named)) != len(named):
-        seen: set[str] = set()
-        double = next(text for text in named if text in seen or seen.add(text))   # type: ignore[func-returns-value]
-        raise values.bad("tokens", f"has {double[:40]!r} twice")
-    if (longest := max(map(len, named))) > MAX_TOKEN_CHARACTERS:
-        raise values.bad("tokens", f"has a token of {longest:,} characters, {MAX_TOKEN_CHARACTERS:,} are allowed")
-    return named
-
-
-def _backend(values: _Values, texts: list[str], kinds: Sequence[int], split: Split) -> TokenizerBackend:
+def _backend(values: GgufValues, texts: list[str], kinds: Sequence[int], split: Split) -> TokenizerBackend:
     vocabulary = {text: token for token, text in enumerate(texts)}
     merges: list[tuple[str, str]] = []
     for merge in values.texts("merges"):
@@ -170,4 +136,4 @@ def _piece(text: str, kind: int) -> bytes:
     return b"" if kind == UNUSED else spelled_bytes(text)
 
 
-KINDS: dict[str, Callable[[_Values, int], Tokenizer]] = {"gpt2": _byte_level_bpe}
+KINDS: dict[str, Callable[[GgufValues, int], Tokenizer]] = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}

@@ -33,27 +33,22 @@ class ChatTemplate:
     """A compiled template. `file` only names it in errors.
 
     Raises BadModelFile if `source` is no template. bos_token and eos_token are the texts of those tokens, "" for none.
+    tools_source: another template for calls with tools, where a model has one.
     """
 
-    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "", file: str = "chat template") -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str = "",
+        eos_token: str = "",
+        file: str = "chat template",
+        tools_source: str | None = None,
+    ) -> None:
         self.source = source
+        self._template = _compiled(source, file)
+        self._tools_template = self._template if tools_source is None else _compiled(tools_source, file)
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        if (length := len(source)) > MAX_SOURCE_CHARACTERS:
-            raise BadModelFile(
-                f"its chat template has {length:,} characters, {MAX_SOURCE_CHARACTERS:,} are allowed: take another model",
-                file=file,
-            )
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise BadModelFile(
-                f"its chat template is wrong in line {error.lineno} ({error.message}): give another with --chat-template",
-                file=file,
-            ) from error
-        except (RecursionError, MemoryError, SyntaxError, OverflowError, ValueError, TypeError) as error:
-            raise BadModelFile(
-                f"its chat template cannot be compiled ({type(error).__name__}): give another with --chat-template", file=file
-            ) from error
 
     def render(
         self,
@@ -80,11 +75,30 @@ class ChatTemplate:
         }
         try:
             with Budget(deadline_s):
-                return self._template.render(context)
+                return (self._template if tools is None else self._tools_template).render(context)
         except Exception as error:         # a template may raise anything that an expression can
             reason = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
             message = f"the model's chat template refuses these messages: {reason[:500]}"
             raise InvalidRequest(message, field="messages") from error
+
+
+def _compiled(source: str, file: str) -> jinja2.Template:
+    if (length := len(source)) > MAX_SOURCE_CHARACTERS:
+        raise BadModelFile(
+            f"its chat template has {length:,} characters, {MAX_SOURCE_CHARACTERS:,} are allowed: take another model",
+            file=file,
+        )
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise BadModelFile(
+            f"its chat template is wrong in line {error.lineno} ({error.message}): give another with --chat-template",
+            file=file,
+        ) from error
+    except (RecursionError, MemoryError, SyntaxError, OverflowError, ValueError, TypeError) as error:
+        raise BadModelFile(
+            f"its chat template cannot be compiled ({type(error).__name__}): give another with --chat-template", file=file
+        ) from error
 
 
 def _environment() -> GuardedEnvironment:

@@ -19,6 +19,8 @@ class Tokenizer:
 
     pieces: the exact bytes that each id writes (a special token's own text; b"" for padding). special_ids: markers that
     are not shown. end_ids: tokens that end a turn. bos_id, eos_id: None where the model has no such token.
+    prefix, suffix: the ids that encode() puts around a text. drops_first_space: encode() puts a space before a text
+    (sentencepiece), so decode() leaves it out; an answer's own first space is its tokens' and is streamed as it is.
     longest_piece: bytes that one token can stand for at most, so that a text's tokens can be bounded before encoding it.
     """
 
@@ -31,8 +33,9 @@ class Tokenizer:
         bos_id: int | None,
         eos_id: int | None,
         end_ids: frozenset[int],
-        add_bos: bool,
-        add_eos: bool,
+        prefix: tuple[int, ...] = (),
+        suffix: tuple[int, ...] = (),
+        drops_first_space: bool = False,
     ) -> None:
         self.backend = backend
         self.pieces = pieces
@@ -42,8 +45,9 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.end_ids = end_ids
-        self._prefix = bos_id if add_bos else None
-        self._suffix = eos_id if add_eos else None
+        self._prefix = list(prefix)
+        self._suffix = list(suffix)
+        self._drops_first_space = drops_first_space
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """The ids of `text`; special tokens that are written in it are themselves. Safe from any thread.
@@ -52,26 +56,36 @@ class Tokenizer:
         not have it already, as a rendered template often does. Half surrogates become U+FFFD.
         """
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+            ids = self._ids(text)
         except (UnicodeEncodeError, TypeError):                # text from a lax JSON parser: "\ud83d" alone
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            ids = self.backend.encode(text, add_special_tokens=False).ids
-        except BaseException as error:                         # the split's regular expression gives up on a huge word
-            if type(error).__name__ != "PanicException":
-                raise
-            raise InvalidRequest("the text has a word or a run of spaces too long to tokenize: break it up") from None
+            ids = self._ids(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         if not add_special:
             return ids
-        if self._prefix is not None and ids[:1] != [self._prefix]:
-            ids.insert(0, self._prefix)
-        if self._suffix is not None and ids[-1:] != [self._suffix]:
-            ids.append(self._suffix)
+        if ids[: len(self._prefix)] != self._prefix:
+            ids = self._prefix + ids
+        if self._suffix and ids[-len(self._suffix) :] != self._suffix:
+            ids = ids + self._suffix
         return ids
 
+    def _ids(self, text: str) -> list[int]:
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+            return ids
+        except BaseException as error:                         # the split's regular expression gives up on a huge word
+            if type(error).__name__ == "PanicException" or type(error) is Exception:
+                message = "the text has a word or a run of spaces too long to tokenize: break it up"
+                raise InvalidRequest(message) from None
+            raise
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of `ids`, bytes that are no UTF-8 as U+FFFD; without the special tokens unless asked for."""
+        """The text of `ids`, bytes that are no UTF-8 as U+FFFD; without the special tokens unless asked for.
+
+        encode()'s inverse: without the space that encode() puts before a text. The text of an answer is the
+        Detokenizer's, which keeps it, so that a prompt and its continuation fit together.
+        """
         pieces, hidden = self.pieces, self.special_ids if skip_special else frozenset()
-        return b"".join([pieces[token] for token in ids if token not in hidden]).decode("utf-8", "replace")
+        text = b"".join([pieces[token] for token in ids if token not in hidden]).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self._drops_first_space else text
 
     def token_text(self, token: int) -> str:
         """One id's text, special or not; U+FFFD for bytes that are no character alone."""

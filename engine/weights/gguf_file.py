@@ -9,7 +9,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import mmap
 import struct
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -17,9 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
 
-from engine.errors import BadModelFile, ModelNotFound
+from engine.errors import BadModelFile
+from engine.weights.tensor_file import TensorFile
 from engine.weights.tensors import STORAGE_BY_GGUF_ID, RawTensor, StorageType
 
 __all__ = ["GgufFile", "MetadataValue"]
@@ -32,32 +31,23 @@ CURE = "the file is damaged, download it again"
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}   # GGUF's numbers
 COUNT = struct.Struct("<Q")
-MAX_KEYS, MAX_TENSORS, MAX_NESTING = 65_536, 1_048_576, 2
+MAX_KEYS, MAX_TENSORS, MAX_NESTING = 65_536, 262_144, 2
+MAX_ELEMENTS = 1 << 22                     # of all arrays; a 256k vocabulary, its types, scores and merges are 1.3 million
 MAX_NAME_BYTES = 65_535                    # of a key; the format's own limit
 MIN_ALIGNMENT, MAX_ALIGNMENT = 8, 1 << 20
-MAX_HEADER_BYTES = 128 << 20               # a 256k vocabulary with its merges takes 20 MB; lists take 8 times their bytes
+MAX_HEADER_BYTES = 128 << 20               # a 256k vocabulary with its merges takes 20 MB
 
 
-class GgufFile:
-    """One open GGUF file. `metadata` and `tensors` are complete and checked; close() unmaps what nobody looks at."""
+class GgufFile(TensorFile):
+    """One open GGUF file. `metadata` and `tensors` are complete and checked."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with path.open("rb") as stream:
-                size = stream.seek(0, 2)
-                if size < 24:
-                    raise BadModelFile(f"it has {size} bytes, a GGUF header has 24: {CURE}", file=str(path))
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise ModelNotFound(f"{path}: no such file: check the path, or download the model first") from None
-        except OSError as error:
-            raise ModelNotFound(f"{path}: cannot be read ({error.strerror}): check the path and its rights") from error
+        super().__init__(path, 24, "GGUF")
         try:
             cursor = _Cursor(self._map, str(path))
             key_count, tensor_count = self._read_header(cursor)
             self.metadata: Mapping[str, MetadataValue] = MappingProxyType(_read_metadata(cursor, key_count))
-            self.tensors: Mapping[str, RawTensor] = MappingProxyType(self._read_tensors(cursor, tensor_count))
+            self.tensors = MappingProxyType(self._read_tensors(cursor, tensor_count))
         except BaseException:
             self.close()
             raise
@@ -113,30 +103,6 @@ class GgufFile:
             )
         return value
 
-    def release(self, tensor: RawTensor) -> None:
-        """Let the pages that lie wholly within `tensor` leave memory; they are read from the file again when touched."""
-        if sys.platform != "win32":        # where there is no madvise, the system takes pages back by itself
-            if self._map.closed:
-                return
-            start = tensor.data.ctypes.data - self._address
-            first = start + -start % mmap.PAGESIZE
-            length = (start + tensor.data.size - first) // mmap.PAGESIZE * mmap.PAGESIZE
-            if length > 0:
-                self._map.madvise(mmap.MADV_DONTNEED, first, length)
-
-    @property
-    def _address(self) -> int:
-        view: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, 1)
-        return int(view.ctypes.data)
-
-    def close(self) -> None:
-        """Forget the tensors and unmap the file, at once or when the last array that looks into it goes. Idempotent."""
-        self.tensors = MappingProxyType({})
-        try:
-            self._map.close()
-        except BufferError:                # somebody still holds a view; the mapping goes with it
-            return
-
 
 def _read_metadata(cursor: "_Cursor", count: int) -> dict[str, MetadataValue]:
     metadata: dict[str, MetadataValue] = {}
@@ -181,6 +147,7 @@ class _Cursor:
         self.file = file
         self.size = min(len(data), MAX_HEADER_BYTES)
         self.position = 0
+        self.elements = 0                  # of the arrays so far: in memory one takes up to 100 bytes
         self.where = ""                    # the metadata key being read, for messages
 
     def bad(self, message: str, tensor: str | None = None) -> BadModelFile:
@@ -195,7 +162,9 @@ class _Cursor:
     def check_count(self, count: int, limit: int, least_bytes: int, what: str) -> None:
         rest = self.size - self.position
         if count > limit or count * least_bytes > rest:
-            raise self.bad(f"{count:,} {what} are announced, {rest:,} bytes are left: {CURE}")
+            raise self.bad(
+                f"{count:,} {what} are announced, there can be {limit:,} at most and {rest:,} bytes are left: {CURE}"
+            )
 
     def take(self, length: int) -> bytes:
         end = self.position + length
@@ -233,7 +202,8 @@ class _Cursor:
         least = {STRING: 8, ARRAY: 12}.get(kind) if code is None else struct.calcsize("<" + code)
         if least is None:
             raise self.bad(f"its elements' type is number {kind}, which is unknown: {CURE}")
-        self.check_count(count, self.size, least, "array elements")
+        self.check_count(count, MAX_ELEMENTS - self.elements, least, "array elements")
+        self.elements += count
         if code is not None:
             return list(struct.unpack(f"<{count}{code}", self.take(count * least)))
         return self.strings(count) if kind == STRING else [self.array(depth + 1) for _ in range(count)]

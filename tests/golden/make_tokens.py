@@ -17,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PRES = (
     "default", "gpt-2", "smollm", "llama-bpe", "glm4", "qwen2", "qwen35", "tekken", "gpt-4o", "deepseek-v3", "falcon",
+    "deepseek-llm", "deepseek-coder", "seed-coder",
 )
 TEXTS = (
     "Hello, world! How are you?",

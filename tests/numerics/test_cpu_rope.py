@@ -8,24 +8,41 @@ import pytest
 
 from backends.cpu.kernels.position import rotate_and_write
 from backends.cpu.rope import Rotation, attention_factor, frequencies
-from engine.model.spec import FrequencyFactors, LinearScaling, Llama3Scaling, Rope, YarnScaling
+from engine.model.families import spec_from_config
+from engine.model.spec import FrequencyFactors, Rope
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "rope.json").read_text())
-SCALINGS = {
-    "default": None,
-    "linear": LinearScaling(4.0),
-    "llama3": Llama3Scaling(8.0, 1.0, 4.0, 8192),
-    "yarn": YarnScaling(4.0, 32768),
-    "yarn_given_factor": YarnScaling(16.0, 4096, beta_fast=16.0, beta_slow=2.0, attention_factor=1.5),
-}
+CASES = [name for name, value in GOLDEN.items() if isinstance(value, dict)]
 NONE = np.zeros(0, np.float32)
 
 
-@pytest.mark.parametrize("name", SCALINGS)
+def golden_rope(name: str) -> Rope:
+    """The case's Rope, read from a config.json; LongRoPE's for a context within the original one, or beyond it."""
+    scaling = GOLDEN[name]["scaling"]
+    spec = spec_from_config(
+        {
+            "architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": GOLDEN["head_size"] * 4,
+            "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 8, "rms_norm_eps": 1e-6,
+            "max_position_embeddings": GOLDEN["context"], "rope_parameters": scaling | {"rope_theta": GOLDEN["theta"]},
+        },
+        "config.json",
+    )  # fmt: skip
+    original = scaling.get("original_max_position_embeddings", 0)
+    return spec.at_context(original if name == "longrope_short" else original + 1).layers[0].attention.rope
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_frequencies_and_factor_are_those_of_transformers(name: str) -> None:
-    rope = Rope(GOLDEN["theta"], GOLDEN["head_size"], interleaved=False, scaling=SCALINGS[name])
-    np.testing.assert_allclose(frequencies(rope), GOLDEN[name]["frequencies"], rtol=2e-6)
-    assert attention_factor(rope) == pytest.approx(GOLDEN[name]["attention_factor"], rel=1e-6)
+    rope = golden_rope(name)
+    np.testing.assert_allclose(frequencies(rope), GOLDEN[name]["frequencies"], rtol=1e-12)
+    assert attention_factor(rope) == pytest.approx(GOLDEN[name]["attention_factor"], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_angles_are_exact_up_to_position_262143(name: str) -> None:
+    cosines, sines = Rotation.of(golden_rope(name)).at(np.array(GOLDEN["positions"], np.int32))
+    np.testing.assert_allclose(cosines[:, GOLDEN["pairs"]], GOLDEN[name]["cosines"], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(sines[:, GOLDEN["pairs"]], GOLDEN[name]["sines"], rtol=1e-6, atol=1e-8)
 
 
 def test_frequency_factors_divide() -> None:

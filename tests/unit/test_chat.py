@@ -320,7 +320,7 @@ async def test_chat_decides_only_what_flags_and_model_leave_open(tiny_checkpoint
     ("arguments", "code", "words"),
     [
         (["--f", "no.gguf"], 1, "no.gguf: no such file"),
-        (["--m", "a/b"], 1, "name one of its GGUF files"),
+        (["--m", "a/b", "--offline"], 1, "a/b"),
         (["--temperature", "hot"], 2, "--temperature must be a number, not 'hot'"),
         (["--server"], 2, "`rillet serve`"),
         (["--prompts", "A | B"], 2, "--prompts"),

@@ -1,15 +1,19 @@
 """Flags and variables: one table, read the same way from a command line and from the environment."""
 
+from dataclasses import fields, replace
+from pathlib import Path
+
 import pytest
 
-from engine.config import FLAGS, EngineConfig, Flag, parse_environment, parse_flags
+from engine.config import FLAGS, EngineConfig, Flag, GenerationConfig, parse_environment, parse_flags, read_hf_token
 from engine.errors import ConfigError
 
 VALUES: dict[type, tuple[str, object]] = {
     str: ("text", "text"), int: ("7", 7), float: ("0.5", 0.5), bool: ("1", True), tuple: ("0,1", (0, 1)),
 }  # fmt: skip
-SPECIAL: dict[str, tuple[str, object]] = {"dtype": ("f32", "f32")}
-PARSED = [flag for flag in FLAGS if flag.name != "isq"]
+SPECIAL: dict[str, tuple[str, object]] = {
+    "dtype": ("f32", "f32"), "model-source": ("modelscope", "modelscope"), "isq": ("q4k", "Q4_K"),
+}  # fmt: skip
 
 
 def parse(*arguments: str, own: tuple[Flag, ...] = ()) -> EngineConfig:
@@ -20,7 +24,7 @@ def sample(flag: Flag) -> tuple[str, object]:
     return SPECIAL.get(flag.name) or VALUES[flag.kind]
 
 
-@pytest.mark.parametrize("flag", PARSED, ids=lambda flag: flag.name)
+@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)
 @pytest.mark.parametrize("dash", ["-", "_"])
 def test_every_flag_fills_its_field(flag: Flag, dash: str) -> None:
     text, value = sample(flag)
@@ -29,7 +33,7 @@ def test_every_flag_fills_its_field(flag: Flag, dash: str) -> None:
     assert getattr(parse(f"--{name}", text), flag.field) == value
 
 
-@pytest.mark.parametrize("flag", PARSED, ids=lambda flag: flag.name)
+@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)
 def test_every_flag_is_a_variable(flag: Flag) -> None:
     text, value = sample(flag)
     config, _ = parse_environment({flag.variable: text, "PATH": "/bin"})
@@ -44,19 +48,6 @@ def test_a_switch_takes_words(text: str, value: bool) -> None:
 
 def test_a_switch_alone_is_on() -> None:
     assert parse("--fp8-kvcache", "--seed", "3").fp8_kvcache is True
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "--m Qwen/Qwen3-0.6B --f model.gguf --max-model-len 4096",
-        "--d 0,1 --w /home/Qwen3 --max-num-seqs 2 --max_model_len 8192",
-        "--f /home/model.gguf --temperature 0.7 --top-k 64 --top-p 0.9 --presence-penalty 1.2 --frequency-penalty 1.2",
-        "--m unsloth/model --f model-Q4_K_M.gguf --context-cache --fp8-kvcache --dtype bf16 --max-tokens 100",
-    ],
-)
-def test_command_lines_in_the_style_of_vllm_rs_parse(line: str) -> None:
-    assert parse(*line.split()).model_id or line.count("--w") or line.count("--f")
 
 
 def test_own_flags_come_apart_from_the_config() -> None:
@@ -79,7 +70,8 @@ def test_own_flags_come_apart_from_the_config() -> None:
         (["--temperature", "nan"], ["temperature", "nan"]),
         (["--max-model-len", "1"], ["max_model_len", "1"]),
         (["--d", "-1"], ["device_ids", "-1"]),
-        (["--isq", "q4k"], ["--isq q4k", "GGUF"]),
+        (["--isq", "q9"], ["isq", "q2k", "q4_0", "'q9'"]),
+        (["--d", "0,0"], ["device_ids", "different", "(0, 0)"]),
         (["--nonsense"], ["--nonsense", "--help"]),
         (["--max-tok", "3"], ["--max-tok", "--help"]),
         (["stray"], ["stray"]),
@@ -118,3 +110,92 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_sampling_flags_are_the_defaults_of_requests() -> None:
     assert parse("--temperature", "0", "--top-k", "5").sampling_defaults == {"temperature": 0.0, "top_k": 5}
+
+
+# ---- vllm.rs's fields -----------------------------------------------------------------------------------------------------
+
+VLLM_RS_ORDER = (
+    "model_id", "weight_path", "weight_file", "hf_token", "hf_token_path", "max_num_seqs", "max_model_len", "max_tokens",
+    "isq", "num_shards", "device_ids", "generation_cfg", "seed", "flash_context", "fp8_kvcache",
+)  # fmt: skip
+
+
+def test_the_first_fields_stand_in_vllm_rs_order() -> None:
+    """The signature of EngineConfig in vllm_rs at commit 841ba0d (src/py/mod.rs)."""
+    assert tuple(field.name for field in fields(EngineConfig))[: len(VLLM_RS_ORDER)] == VLLM_RS_ORDER
+    config = EngineConfig(None, "model.gguf", None, None, None, 4, 512, 64, None, 1, [1], None, 7, None, None)
+    assert (config.weight_path, config.max_num_seqs, config.max_model_len, config.max_tokens) == ("model.gguf", 4, 512, 64)
+    assert (config.device_ids, config.seed, config.context_cache, config.fp8_kvcache) == ((1,), 7, False, False)
+
+
+@pytest.mark.parametrize("name", ["q2k", "q3k", "q4k", "q5k", "q6k", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
+def test_isq_types_are_kept_as_gguf_writes_them(name: str) -> None:
+    gguf = name.upper() if "_" in name else name[:2].upper() + "_K"
+    for spelling in (name, name.upper(), gguf, gguf.lower(), name.replace("_", "")):
+        assert EngineConfig(isq=spelling).isq == parse("--isq", spelling).isq == gguf
+
+
+def test_generation_cfg_gives_defaults_of_sampling_and_the_fields_win() -> None:
+    cfg = GenerationConfig(temperature=0.6, top_p=0.9, top_k=40, frequency_penalty=1.2, presence_penalty=-0.5)
+    said = {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "frequency_penalty": 1.2, "presence_penalty": -0.5}
+    config = EngineConfig(generation_cfg=cfg)
+    assert config.sampling_defaults == said
+    assert replace(config, temperature=0.0, min_p=0.1).sampling_defaults == said | {"temperature": 0.0, "min_p": 0.1}
+    assert EngineConfig(generation_cfg=GenerationConfig(top_k=5)).sampling_defaults == {"top_k": 5}
+    with pytest.raises(ConfigError, match=r"frequency_penalty must be from -2 to 2, not 2\.5"):
+        GenerationConfig(frequency_penalty=2.5)
+    with pytest.raises(ConfigError, match="top_k must be from"):
+        GenerationConfig(top_k=1.5)  # type: ignore[arg-type]
+
+
+def test_flash_context_and_context_cache_are_one() -> None:
+    for config in (EngineConfig(flash_context=True), EngineConfig(context_cache=True)):
+        assert config.flash_context is config.context_cache is True
+    for config in (EngineConfig(flash_context=False), EngineConfig(flash_context=None), EngineConfig()):
+        assert config.flash_context is config.context_cache is False
+
+
+@pytest.mark.parametrize(
+    ("given", "devices"),
+    [
+        ({}, (0,)),
+        ({"device_ids": None, "num_shards": None}, (0,)),
+        ({"device_ids": []}, (0,)),
+        ({"device_ids": [2, 1]}, (2, 1)),
+        ({"num_shards": 3}, (0, 1, 2)),
+        ({"num_shards": 2, "device_ids": (4, 5)}, (4, 5)),
+        ({"num_shards": 1, "device_ids": (0, 1)}, (0, 1)),              # 1 is vllm.rs's default
+    ],
+)
+def test_devices_and_shards(given: dict[str, object], devices: tuple[int, ...]) -> None:
+    config = EngineConfig(**given)
+    assert config.device_ids == devices
+    assert replace(config, seed=1).device_ids == devices
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"num_shards": 2, "device_ids": [1]}, r"num_shards is 2, but device_ids names \(1,\): leave one of them out"),
+        ({"num_shards": 0}, "num_shards must be from 1"),
+        ({"num_shards": 1.0}, "num_shards must be from 1"),
+        ({"device_ids": 1}, "device_ids must be a list, not 1"),
+        ({"device_ids": "0,1"}, "device_ids must be different whole numbers"),
+        ({"max_num_seqs": 1.5}, "max_num_seqs must be from"),
+        ({"max_model_len": True}, "max_model_len must be from"),
+    ],
+)
+def test_fields_that_contradict_or_are_no_numbers_are_refused(given: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        EngineConfig(**given)
+
+
+def test_the_hub_token_may_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    path = tmp_path / "token"
+    path.write_text("hf_file\n")
+    assert read_hf_token(EngineConfig(hf_token_path=str(path))) == "hf_file"
+    assert read_hf_token(EngineConfig(hf_token="hf_given", hf_token_path=str(path))) == "hf_given"
+    assert read_hf_token(EngineConfig()) is None
+    with pytest.raises(ConfigError, match=r"hf_token_path .*missing"):
+        read_hf_token(EngineConfig(hf_token_path=str(tmp_path / "missing")))

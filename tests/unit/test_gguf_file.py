@@ -179,6 +179,14 @@ def test_a_huge_count_costs_nothing(tmp_path: Path) -> None:
         assert f"{1 << 62:,} array elements are announced" in refusal(path)
 
 
+def test_more_array_elements_than_any_vocabulary_has_are_refused_before_they_take_memory(tmp_path: Path) -> None:
+    half = (1 << 21) + 1                                     # a byte in the file takes eight as a list, a short one forty
+    path = tmp_path / "long.gguf"
+    keys = b"".join(struct.pack("<Q1sIIQ", 1, name, 9, 0, half) + bytes(half) for name in (b"a", b"b"))
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 2) + keys)
+    assert f"metadata key 'b': {half:,} array elements are announced, there can be {half - 2:,} at most" in refusal(path)
+
+
 def test_closing_unmaps_when_the_last_view_is_gone(tmp_path: Path) -> None:
     file = GgufFile(small(tmp_path))
     view = file.tensors["w"].data

@@ -1,6 +1,7 @@
 """README.md's code blocks are run as they stand. A comment above a block says why it is not, or what it needs:
 
     <!-- test: skip: REASON -->    only its syntax and its flags are checked
+    <!-- test: shows: PATTERN -->  what it prints must match
     <!-- test: server -->          run against a server on a free port
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.chat import OWN
+from engine import chat, completion
 from engine.config import parse_flags
 
 README = Path(__file__).parents[2] / "README.md"
@@ -45,8 +46,9 @@ def blocks() -> list[Block]:
 
 
 SHELL = [block for block in blocks() if block.language == "sh"]
-RUN_SHELL = [block for block in SHELL if not block.mark]
-PYTHON = [block for block in blocks() if block.language == "python"]
+RUN = [block for block in blocks() if block.mark.startswith("shows: ")]
+SERVED = [block for block in blocks() if block.mark == "server"]
+FLAGS = {"chat": chat.OWN, "complete": completion.OWN}
 
 
 def run(command: list[str], folder: Path, text: str | None = None) -> str:
@@ -60,31 +62,28 @@ def run(command: list[str], folder: Path, text: str | None = None) -> str:
 
 def test_every_block_is_of_a_known_kind() -> None:
     assert {block.language for block in blocks()} == {"sh", "python", "text"}
-    assert all(re.fullmatch(r"|server|skip: \w.*", block.mark) for block in blocks())
-    assert RUN_SHELL
-    assert PYTHON
+    assert all(re.fullmatch(r"server|skip: \w.*|shows: .+", block.mark) for block in blocks() if block.language != "text")
+    assert RUN
+    assert SERVED
 
 
-@pytest.mark.parametrize("block", RUN_SHELL, ids=str)
-def test_a_shell_block_runs(block: Block, tmp_path: Path, demo_path: Path) -> None:
-    shown = run(["sh", "-eu", "-c", block.code], tmp_path)
-    assert re.search("Paris.*\n.*Rome", shown)
+@pytest.mark.parametrize("block", RUN, ids=str)
+def test_a_block_runs_and_shows_what_it_says(block: Block, tmp_path: Path, demo_path: Path) -> None:
+    command = ["sh", "-eu", "-c"] if block.language == "sh" else [sys.executable, "-c"]
+    shown = run([*command, block.code], tmp_path)
+    assert re.search(block.mark.removeprefix("shows: "), shown, re.DOTALL), shown
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
 def test_a_shell_block_parses_with_its_flags(block: Block, tmp_path: Path) -> None:
     run(["sh", "-n"], tmp_path, block.code)
     for line in block.code.splitlines():
-        words = shlex.split(line.rpartition(" | ")[2], comments=True)
-        if words[:2] == ["rillet", "chat"]:
-            parse_flags(words[2:], OWN, program="rillet chat", description="")
+        words = shlex.split(line, comments=True)
+        words = words[len(words) - words[::-1].index("|") :] if "|" in words else words
+        if words[0] == "rillet" and words[1] in FLAGS:
+            parse_flags(words[2:], FLAGS[words[1]], program="rillet", description="")
         if words[0] == "sh":
             assert (README.parent / words[1]).is_file()
-
-
-@pytest.mark.parametrize("block", [block for block in PYTHON if not block.mark], ids=str)
-def test_a_python_block_runs(block: Block, tmp_path: Path, demo_path: Path) -> None:
-    assert "Usage(prompt_tokens=4, completion_tokens=20" in run([sys.executable, "-c", block.code], tmp_path)
 
 
 @pytest.fixture
@@ -101,7 +100,7 @@ def server_url(demo_path: Path) -> Iterator[str]:
             process.wait(20)
 
 
-@pytest.mark.parametrize("block", [block for block in PYTHON if block.mark == "server"], ids=str)
+@pytest.mark.parametrize("block", SERVED, ids=str)
 def test_a_client_block_runs_against_a_server(block: Block, tmp_path: Path, server_url: str) -> None:
     code = block.code.replace("http://127.0.0.1:8000/v1", server_url)
     assert code != block.code

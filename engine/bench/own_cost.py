@@ -1,14 +1,10 @@
-"""`python -m engine.bench`: what this machine and this build reach, one row per figure. Nothing here is a test.
+"""What the engine itself costs: its own tokens per second, the start, the first token, events through a real server.
 
-    python -m engine.bench [--rows core,start,prompt,decode,sse] [--json FILE] [--f model.gguf]
-
-Rows that need a model take the demo model unless --f names one. Nothing else may run while it measures. Over 300 lines: a
-row and what it measures stand together; workloads and peers will get files of their own.
+__main__.py runs these rows by name. The null backend draws without computing, so that only the engine is left.
 """
 
 import json
 import os
-import platform
 import selectors
 import socket
 import statistics
@@ -18,64 +14,45 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import anyio
-from rich.console import Console
-from rich.table import Table
 
 from engine.api import Engine
-from engine.config import EngineConfig, Flag, parse_flags
-from engine.errors import ConfigError, RilletError
+from engine.bench.figures import Figure
+from engine.config import EngineConfig
+from engine.errors import ConfigError
 from engine.null_backend import NullBackend
 from engine.packing import Plan
-from engine.weights.hub import resolve_model
+from engine.weights.hub import model_path
 
-__all__ = ["Row", "main"]
+__all__ = ["core_figures", "free_port", "prompt_figures", "sse_figures", "start_figures", "wait_ready"]
 
-OWN = (
-    Flag("rows", "rows", str, "which rows, with commas: core, start, prompt, decode, sse (default: all)"),
-    Flag("json", "json", str, "also write the rows to this file"),
-)
 SEQUENCES = 256
 NULL_TOKENS = 400
 PROMPT_TOKENS = 50
-ANSWER_TOKENS = 64
 SSE_STREAMS = 64
 SSE_TOKENS = 1500
 START_LIMIT_S = 300.0
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One figure with its settings; goal says what it is held against."""
-
-    name: str
-    value: float
-    unit: str
-    settings: str
-    goal: str = ""
-
-
 # ---- the engine's own cost --------------------------------------------------------------------------------------------
 
 
-def core_rows(config: EngineConfig) -> Iterator[Row]:
+def core_figures(config: EngineConfig) -> Iterator[Figure]:
     """Tokens/s through Engine.stream on one core with a backend that computes nothing, and the time to plan and pack."""
     with _one_core():
         rate, plan_ms = anyio.run(_null_run)
     settings = f"{SEQUENCES} streams x {NULL_TOKENS} tokens, prompt 100, null backend, one core"
-    yield Row("engine alone", rate, "tok/s", settings, ">= 30,000")
-    yield Row("plan + pack", plan_ms, "ms", f"median at {SEQUENCES} rows", "<= 0.6")
+    yield Figure("engine alone", rate, "tok/s", settings, ">= 30,000")
+    yield Figure("plan + pack", plan_ms, "ms", f"median at {SEQUENCES} rows", "<= 0.6")
 
 
 async def _null_run() -> tuple[float, float]:
     times: list[float] = []
-    config = EngineConfig(max_waiting=10 * SEQUENCES, weight_file=str(resolve_model()))
+    config = EngineConfig(max_waiting=10 * SEQUENCES, weight_file=str(model_path(EngineConfig())))
     async with Engine(config, backend=NullBackend(max_num_seqs=SEQUENCES)) as engine:
         scheduler = engine._live.scheduler
         plan = scheduler.plan
@@ -119,19 +96,19 @@ def _one_core() -> Iterator[None]:
 # ---- from the command to the first token ----------------------------------------------------------------------------------
 
 
-def start_rows(config: EngineConfig) -> Iterator[Row]:
+def start_figures(config: EngineConfig) -> Iterator[Figure]:
     """`python -m engine.chat` from a pipe: seconds from the start of the process to the first character, and its memory."""
-    model = _model(config)
+    model = model_path(config)
     size = model.stat().st_size
     with tempfile.TemporaryDirectory() as cache:
         cold, _ = _first_character(model, {"NUMBA_CACHE_DIR": cache})
-        yield Row("first start to first token", cold, "s", "compiling every kernel, empty Numba cache", "<= 15")
+        yield Figure("first start to first token", cold, "s", "compiling every kernel, empty Numba cache", "<= 15")
         warm, memory = min(_first_character(model, {"NUMBA_CACHE_DIR": cache}) for _ in range(3))
-    yield Row("warm start to first token", warm, "s", "kernels from the cache, best of 3", "<= 3")
+    yield Figure("warm start to first token", warm, "s", "kernels from the cache, best of 3", "<= 3")
     cache_bytes = 64 << 20
     allowed = 1.3 * size + cache_bytes + 300e6
     settings = f"peak of a chat of one turn, file {size / 1e6:.0f} MB, KV cache {cache_bytes / 1e6:.0f} MB"
-    yield Row("resident memory", memory / 1e6, "MB", settings, f"<= {allowed / 1e6:.0f}")
+    yield Figure("resident memory", memory / 1e6, "MB", settings, f"<= {allowed / 1e6:.0f}")
 
 
 def _first_character(model: Path, variables: dict[str, str]) -> tuple[float, int]:
@@ -166,10 +143,10 @@ def _end(child: "subprocess.Popen[bytes]") -> int:
 # ---- one stream on the real backend ---------------------------------------------------------------------------------------
 
 
-def prompt_rows(config: EngineConfig) -> Iterator[Row]:
+def prompt_figures(config: EngineConfig) -> Iterator[Figure]:
     """First token of a short prompt that is not in the cache."""
     seconds = anyio.run(_first_token, config)
-    yield Row("first token", seconds * 1e3, "ms", f"prompt of {PROMPT_TOKENS} tokens, best of 5, warm engine", "<= 300")
+    yield Figure("first token", seconds * 1e3, "ms", f"prompt of {PROMPT_TOKENS} tokens, best of 5, warm engine", "<= 300")
 
 
 async def _first_token(config: EngineConfig) -> float:
@@ -185,73 +162,33 @@ async def _first_token(config: EngineConfig) -> float:
     return best
 
 
-def decode_rows(config: EngineConfig) -> Iterator[Row]:
-    """Decode tokens/s of one stream and of sixteen, and prompt tokens/s of one long prompt."""
-    for streams in (1, 16):
-        rate = anyio.run(_decode_rate, config, streams)
-        yield Row(f"decode, {streams} stream{'s' if streams > 1 else ''}", rate, "tok/s",
-                  f"prompt {PROMPT_TOKENS}, {ANSWER_TOKENS} tokens each, greedy")
-    yield Row("prefill", anyio.run(_prefill_rate, config), "tok/s", "one prompt of 512 tokens, best of 3")
-
-
-async def _decode_rate(config: EngineConfig, streams: int) -> float:
-    best = 0.0
-    async with Engine(config) as engine:
-        for turn in range(3):
-            first: list[float] = []
-            last: list[float] = []
-
-            async def one(number: int, first: list[float] = first, last: list[float] = last, turn: int = turn) -> None:
-                prompt = [100 + (turn * 977 + number * 131 + i * 31) % 20000 for i in range(PROMPT_TOKENS)]
-                stream = await engine.stream(prompt, max_tokens=ANSWER_TOKENS, temperature=0, ignore_eos=True)
-                async with stream:
-                    began = None
-                    async for _ in stream:
-                        began = began or time.perf_counter()
-                    first.append(began or 0.0)
-                    last.append(time.perf_counter())
-
-            async with anyio.create_task_group() as group:
-                for number in range(streams):
-                    group.start_soon(one, number)
-            best = max(best, streams * (ANSWER_TOKENS - 1) / (max(last) - min(first)))
-    return best
-
-
-async def _prefill_rate(config: EngineConfig) -> float:
-    best = 0.0
-    async with Engine(config) as engine:
-        for turn in range(3):
-            prompt = [100 + (turn * 7919 + i * 31) % 20000 for i in range(512)]
-            began = time.perf_counter()
-            await engine.generate(prompt, max_tokens=1, temperature=0)
-            best = max(best, 512 / (time.perf_counter() - began))
-    return best
-
-
 # ---- events through a real server -----------------------------------------------------------------------------------------
 
 
-def sse_rows(config: EngineConfig) -> Iterator[Row]:
+def sse_figures(config: EngineConfig) -> Iterator[Figure]:
     """Events/s that a real hypercorn sends while the null backend draws; the client only counts."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "server", "--backend", "null", "--f", str(_model(config)), "--port", str(port)]
+    port = free_port()
+    command = [sys.executable, "-m", "server", "--backend", "null", "--f", str(model_path(config)), "--port", str(port)]
     with subprocess.Popen(  # noqa: S603 (our own module)
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as child:
         try:
-            _wait_ready(f"http://127.0.0.1:{port}/ready", child)
+            wait_ready(f"http://127.0.0.1:{port}/ready", child)
             rate = max(_count_events(port) for _ in range(3))
         finally:
             child.terminate()
             child.wait(30)
     settings = f"{SSE_STREAMS} streams x {SSE_TOKENS} tokens, /v1/chat/completions, null backend, best of 3"
-    yield Row("SSE events", rate, "events/s", settings, ">= 10,000")
+    yield Figure("SSE events", rate, "events/s", settings, ">= 10,000")
 
 
-def _wait_ready(url: str, child: "subprocess.Popen[bytes]") -> None:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_ready(url: str, child: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline and child.poll() is None:
         with suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url, timeout=5):  # noqa: S310
@@ -285,49 +222,3 @@ def _count_events(port: int) -> float:
                     selector.unregister(connection)
                     connection.close()
     return events / (time.perf_counter() - began)
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------------
-
-ROWS: dict[str, Callable[[EngineConfig], Iterator[Row]]] = {
-    "core": core_rows, "start": start_rows, "prompt": prompt_rows, "decode": decode_rows, "sse": sse_rows,
-}  # fmt: skip
-
-
-def _model(config: EngineConfig) -> Path:
-    return resolve_model(config.model_id, config.weight_path, config.weight_file, config.hf_token, config.revision)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    console = Console()
-    try:
-        config, own = parse_flags(
-            sys.argv[1:] if arguments is None else arguments, OWN, program="rillet bench", description="Measure."
-        )
-        wanted = own["rows"].split(",") if own["rows"] else list(ROWS)
-        unknown = [name for name in wanted if name not in ROWS]
-        if unknown:
-            raise ConfigError(f"--rows has {unknown[0]!r}: there are {', '.join(ROWS)}")
-        table = Table("figure", "value", "unit", "goal", "settings", title=f"{platform.machine()}, {os.cpu_count()} cores")
-        rows = []
-        for name in wanted:
-            for row in ROWS[name](config):
-                rows.append(row)
-                table.add_row(row.name, f"{row.value:,.2f}", row.unit, row.goal, row.settings)
-                console.print(f"{row.name}: {row.value:,.2f} {row.unit}", style="dim")
-        console.print(table)
-        if own["json"]:
-            _write(Path(own["json"]), rows)
-    except RilletError as error:
-        console.print(f"rillet bench: {error}", style="red", markup=False)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
-
-
-def _write(path: Path, rows: list[Row]) -> None:
-    machine: dict[str, Any] = {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}
-    path.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n", "utf-8")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,196 @@
+"""The command: flags, which rows, the table.
+
+    python -m engine.bench [--rows B1,PRE] [--f model.gguf | --synthetic qwen3-0.6b:q4_k_m] [--peer llama.cpp] [--json FILE]
+
+Rows that need a model take the demo model unless one is named. Nothing else may run while it measures.
+"""
+
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+from rich.console import Console
+
+from engine.api import Engine
+from engine.bench import own_cost
+from engine.bench.figures import Figure, table, write_json
+from engine.bench.machine import Machine, measure_machine
+from engine.bench.own_side import run_here
+from engine.bench.peer import LlamaCpp
+from engine.bench.serving import serving_figures
+from engine.bench.session import session_figures
+from engine.bench.synthetic import synthetic_checkpoint
+from engine.bench.tables import TABLES
+from engine.bench.workloads import WORKLOADS, Rates, Workload, workload
+from engine.config import EngineConfig, Flag, parse_flags
+from engine.errors import ConfigError, RilletError
+from engine.model.spec import Dense, Mixture, ModelSpec
+from engine.weights.checkpoint import Checkpoint, open_checkpoint
+from engine.weights.hub import model_path
+
+__all__ = ["main"]
+
+OWN_COST: dict[str, Callable[[EngineConfig], Iterator[Figure]]] = {
+    "core": own_cost.core_figures,
+    "start": own_cost.start_figures,
+    "prompt": own_cost.prompt_figures,
+    "SES": session_figures,
+    "SRV": serving_figures,
+    "sse": own_cost.sse_figures,
+}
+ROWS = ("core", "start", "prompt", *WORKLOADS, "SES", "SRV", "sse")
+UNITS = {"prompt": "prompt tok/s", "decode": "tok/s", "output": "output tok/s"}
+
+OWN = (
+    Flag("rows", "rows", str, f"which rows, with commas: {', '.join(ROWS)} (default: all)"),
+    Flag("json", "json", str, "also write the figures to this file"),
+    Flag("sequences", "sequences", int, "sequences of NV256 and VR256 (default: 256; on the cpu backend 16)"),
+    Flag("scale", "scale", float, "factor on the lengths of NV256 and VR256 (default: 1; on the cpu backend 0.1)"),
+    Flag("rounds", "rounds", int, "runs of every workload, the best one counts (default: 3)"),
+    Flag("synthetic", "synthetic", str, "random weights in a model's shape and types, such as qwen3-0.6b:q4_k_m"),
+    Flag("table", "table", str, "seed: the rows of vllm.rs's README, on synthetic models of the same shapes"),
+    Flag("peer", "peer", str, "llama.cpp: runs the same workloads in turns"),
+    Flag("peer-python", "peer_python", str, "the interpreter that has llama-cpp-python (default: this one)"),
+)
+
+
+class Bench:
+    """One run of the command: the model, the machine and what was measured so far."""
+
+    def __init__(self, config: EngineConfig, own: dict[str, Any], console: Console) -> None:
+        self.config, self.own, self.console = config, own, console
+        on_cpu = config.backend in ("auto", "cpu")
+        self.sequences = own["sequences"] or (16 if on_cpu else 256)
+        self.scale = own["scale"] or (0.1 if on_cpu else 1.0)
+        self.rounds = own["rounds"] or 3
+        if own["peer"] not in (None, "llama.cpp"):
+            raise ConfigError(f"--peer {own['peer']}: there is llama.cpp")
+        if own["peer"] and own["synthetic"]:
+            raise ConfigError("--peer needs a file that both read: name one with --f instead of --synthetic")
+        if own["table"] not in (None, *TABLES):
+            raise ConfigError(f"--table {own['table']}: there is {', '.join(TABLES)}")
+        if own["table"] and (own["peer"] or own["synthetic"] or own["rows"]):
+            raise ConfigError("--table brings its own models and rows: leave --rows, --synthetic and --peer away")
+        every = [] if own["table"] else list(WORKLOADS) if own["synthetic"] else list(ROWS)
+        self.rows = own["rows"].split(",") if own["rows"] else every
+        for name in self.rows:
+            if name not in ROWS:
+                raise ConfigError(f"--rows has {name!r}: there are {', '.join(ROWS)}")
+            if own["synthetic"] and name not in WORKLOADS:
+                raise ConfigError(f"--rows {name} needs a real model, --synthetic has no text: leave one of them out")
+        self.threads = config.threads or _cores()
+        self.figures: list[Figure] = []
+
+    def run(self) -> Machine:
+        machine = measure_machine(self.threads)
+        self.console.print(
+            f"this machine: {machine.bandwidth / 1e9:.1f} GB/s, {machine.multiply_adds / 1e9:.1f} G multiply-adds/s",
+            style="dim",
+        )
+        works = [workload(name, self.sequences, self.scale) for name in self.rows if name in WORKLOADS]
+        for name in self.rows:
+            if name in OWN_COST:
+                for figure in OWN_COST[name](self.config):
+                    self.add(figure)
+        if works:
+            anyio.run(partial(self.run_workloads, works, self.checkpoint(), machine))
+        for row in TABLES.get(self.own["table"], ()):
+            work = workload(row.workload, self.sequences, self.scale)
+            anyio.run(partial(self.run_workloads, [work], synthetic_checkpoint(row.synthetic), machine, row.goal))
+        return machine
+
+    def add(self, figure: Figure) -> None:
+        self.figures.append(figure)
+        peer = f", {figure.times_peer} the peer's" if figure.peer else ""
+        self.console.print(f"{figure.name}: {figure.value:,.2f} {figure.unit}{peer}", style="dim")
+
+    async def run_workloads(
+        self, works: Sequence[Workload], checkpoint: Checkpoint, machine: Machine, goal: str = ""
+    ) -> None:
+        file_bytes = sum(checkpoint.tensors.tensor(name).data.nbytes for name in checkpoint.tensors.names())
+        spec, path = checkpoint.spec, checkpoint.path
+        peer = LlamaCpp(self.own["peer_python"], path, self.threads, works) if self.own["peer"] else nullcontext()
+        async with Engine(self.config, checkpoint=checkpoint) as engine:
+            with peer as other:
+                for work in works:
+                    ours: list[Rates] = []
+                    theirs: list[Rates] = []
+                    for turn in range(self.rounds):
+                        again = work if work.name == "VR256" else work.with_seed(turn)
+                        ours.append(await run_here(engine, again))
+                        if other is not None:
+                            theirs.append(other.run(again))
+                    figure = _figure(work, ours, theirs, machine, spec, file_bytes)
+                    if self.own["synthetic"] or goal:
+                        figure = replace(figure, goal=goal, settings=f"{checkpoint.name}, {figure.settings}")
+                    self.add(figure)
+        checkpoint.close()
+
+    def checkpoint(self) -> Checkpoint:
+        if self.own["synthetic"]:
+            return synthetic_checkpoint(self.own["synthetic"])
+        return open_checkpoint(model_path(self.config))
+
+
+def _figure(
+    work: Workload, ours: Sequence[Rates], theirs: Sequence[Rates], machine: Machine, spec: ModelSpec, file_bytes: int
+) -> Figure:
+    """The median of the runs, and of the peer's; the limit is of memory for one stream, of multiply-adds for many."""
+    def middle(runs: Sequence[Rates]) -> float:
+        return float(statistics.median(getattr(rates, work.about) for rates in runs))
+
+    if len(work.prompts) == 1 and work.about == "decode":
+        limit = machine.bandwidth / file_bytes
+    else:
+        limit = machine.multiply_adds / active_weights(spec)
+    peer = middle(theirs) if theirs else None
+    return Figure(work.name, middle(ours), UNITS[work.about], work.settings, limit=limit, peer=peer)
+
+
+def active_weights(spec: ModelSpec) -> int:
+    """Weights that one token is multiplied by, the output's not counted where only some tokens need it."""
+    total = 0
+    for name, shape in spec.shapes().items():
+        if len(shape) == 2 and name not in ("embedding", "output") and ".experts." not in name:
+            total += shape[0] * shape[1]
+    for layer in spec.layers:
+        match layer.feed_forward:
+            case Mixture(experts_per_token=experts, width=width):
+                total += 3 * experts * width * spec.hidden_size
+            case Dense():
+                pass                                         # among the shapes
+    return total
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    console = Console()
+    try:
+        config, own = parse_flags(
+            sys.argv[1:] if arguments is None else arguments, OWN, program="rillet bench", description="Measure."
+        )
+        bench = Bench(config, own, console)
+        machine = bench.run()
+        console.print(table(bench.figures, f"{platform.machine()}, {os.cpu_count()} cores"))
+        if own["json"]:
+            limits = {"bandwidth": machine.bandwidth, "multiply_adds": machine.multiply_adds}
+            write_json(Path(own["json"]), bench.figures, limits)
+    except RilletError as error:
+        console.print(f"rillet bench: {error}", style="red", markup=False)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
