@@ -6,6 +6,7 @@ engine.synchronous is the only caller. Methods may be called from any thread but
 import asyncio
 import atexit
 import concurrent.futures.thread  # noqa: F401 (it registers its own end, which _end_all must come before)
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
@@ -30,6 +31,7 @@ class Host:
 
     def __init__(self, make: Callable[[], Engine]) -> None:
         self._make = make
+        self._process = os.getpid()
         self._loop = asyncio.new_event_loop()
         self._loaded: Future[Engine] = Future()
         self._ending = asyncio.Event()
@@ -90,6 +92,8 @@ class Host:
 
     def call(self, make: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
         """Run make(engine) on the loop and wait for its result; an interrupt of the wait cancels it."""
+        if os.getpid() != self._process:                 # a fork has no threads but its own
+            raise EngineClosed("the engine was made in another process: make one after the fork")
         result: Future[T] = Future()
         tasks: list[asyncio.Task[T]] = []
 

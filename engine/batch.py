@@ -10,7 +10,7 @@ from time import monotonic
 import anyio
 
 from engine.api import Engine
-from engine.errors import EngineClosed, Overloaded, RilletError
+from engine.errors import EngineClosed, Overloaded
 from engine.prompts import Prompt
 from engine.sampling import SamplingParams
 from engine.sequence import FinishReason
@@ -58,8 +58,8 @@ async def answer_all(
 ) -> list[Answer]:  # fmt: skip
     """Ask everything as one batch; the answers in the order of the prompts. `show` gets each delta, with the prompt's index.
 
-    A prompt that is refused, or any other RilletError, cancels the rest and is raised. What is more than the engine lets
-    wait is admitted as room comes; Overloaded is raised only if none of the room is our own.
+    A prompt that is refused, or any other error, also one of `show`, cancels the rest and is raised as it is. What is more
+    than the engine lets wait is admitted as room comes; Overloaded is raised only if none of the room is our own.
     """
     batch = _Batch(engine, show)
     answers: list[Answer] = []
@@ -69,7 +69,7 @@ async def answer_all(
                 stream = await batch.admit(prompt, params)
                 answers.append(Answer.of(stream))
                 group.start_soon(batch.read, at, stream, answers[at], group.cancel_scope)
-        except RilletError as error:
+        except Exception as error:                       # a task group would wrap it
             batch.fail(error, group.cancel_scope)
     if batch.failure is not None:
         raise batch.failure
@@ -80,7 +80,7 @@ class _Batch:
     """The streams of one answer_all() and what they share: how many are open, and the first failure."""
 
     def __init__(self, engine: Engine, show: Callable[[int, Delta, Answer], object]) -> None:
-        self.failure: RilletError | None = None
+        self.failure: Exception | None = None
         self._engine = engine
         self._show = show
         self._open = 0
@@ -106,13 +106,13 @@ class _Batch:
                     self._show(at, delta, answer)
             if answer.finish_reason == "abort":
                 raise EngineClosed("the engine was closed before the answer was done")
-        except RilletError as error:
+        except Exception as error:
             self.fail(error, scope)
         finally:
             self._open -= 1
             self._ended.set()
             self._ended = anyio.Event()
 
-    def fail(self, error: RilletError, scope: anyio.CancelScope) -> None:
+    def fail(self, error: Exception, scope: anyio.CancelScope) -> None:
         self.failure = self.failure or error
         scope.cancel()

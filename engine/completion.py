@@ -62,7 +62,7 @@ def _main(arguments: Sequence[str], program: str) -> None:
 
 def _prompts(flag: str | None) -> list[str]:
     if flag is None:
-        prompts = [] if sys.stdin.isatty() else [sys.stdin.read().strip()]
+        prompts = [] if sys.stdin is None or sys.stdin.isatty() else [sys.stdin.read().strip()]
     else:
         prompts = [part.strip() for part in flag.split("|")]
     prompts = [prompt for prompt in prompts if prompt]
@@ -95,14 +95,20 @@ async def _answer(
     engine: Engine, texts: list[str], sampling: list[SamplingParams], out: "_Silent", ticking: bool
 ) -> list[Answer]:  # fmt: skip
     asked = list(zip([_prompt(engine, text) for text in texts], sampling, strict=True))
+    answers: list[Answer] = []
+    failure: Exception | None = None
     async with anyio.create_task_group() as group:
         if ticking:
             group.start_soon(out.tick, len(texts))
         try:
             answers = await answer_all(engine, asked, out.show)
+        except Exception as error:                       # raised outside of the group, which would wrap it
+            failure = error
         finally:
             group.cancel_scope.cancel()
             out.clear()
+    if failure is not None:
+        raise failure
     return answers
 
 

@@ -36,6 +36,9 @@ def exit_code(program: str, run: Callable[[], object]) -> int:
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+    except OSError as error:                             # of writing the answers: a full disk
+        print(f"{program}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except RilletError as error:
         print(f"{program}: {clean(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

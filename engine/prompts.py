@@ -43,6 +43,8 @@ class PromptReader:
         _check_kind(prompt)
         if len(prompt) == 0:
             raise InvalidRequest("the prompt is empty: give a text, token ids or messages", field="prompt")
+        if len(prompt) > self.context_length and isinstance(prompt[0], (int, np.integer)):
+            raise self.too_long(f"{len(prompt):,}")      # before the work of looking at each
         if all(isinstance(token, (int, np.integer)) and not isinstance(token, bool) for token in prompt):
             return self._checked_ids(prompt)  # type: ignore[arg-type]
         plain = plain_messages(prompt)  # type: ignore[arg-type]
@@ -97,3 +99,5 @@ def _check_kind(prompt: object) -> None:
     if not isinstance(prompt, (Sequence, np.ndarray)):
         kind = type(prompt).__name__
         raise InvalidRequest(f"a prompt is a text, token ids or messages, not of type {kind}", field="prompt")
+    if isinstance(prompt, np.ndarray) and prompt.ndim != 1:
+        raise InvalidRequest(f"token ids are a list, not an array of {prompt.ndim} dimensions", field="prompt")

@@ -115,6 +115,8 @@ class SynchronousEngine(Engine):
         raised: InvalidRequest, ContextTooLong, Overloaded, EngineClosed."""
         if not isinstance(prompts, Items) or isinstance(prompts, str):
             raise InvalidRequest("prompts must be a list: put a single one into [ ]", field="prompts")
+        if not isinstance(params, SamplingParams | Items):
+            raise InvalidRequest(f"params must be SamplingParams or a list of them, not {repr(params)[:40]}", field="params")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             message = f"{len(each)} params for {len(prompts)} prompts: give one for each, or a single one for all"

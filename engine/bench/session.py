@@ -12,7 +12,7 @@ from engine.errors import StepFailed
 
 __all__ = ["session_figures"]
 
-TURNS, QUESTION, ANSWER = 10, 80, 40
+TURNS, QUESTION, ANSWER = 10, 30, 100
 SETTINGS = f"{TURNS} turns of {QUESTION} + {ANSWER} tokens"
 
 

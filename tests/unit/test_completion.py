@@ -200,3 +200,31 @@ def test_help_says_what_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     assert "from the first request to the last one's first token" in shown
     assert "--batch INT" in shown
+
+
+def test_a_refused_prompt_is_one_sentence(demo_path: Path) -> None:
+    done = run("--max-model-len", "64", text="hello " * 200)
+    assert done.returncode == 1
+    assert re.fullmatch(r"python -m engine.completion: the prompt has [^\n]* the context length is 64[^\n]*", last_line(done))
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_is_one_sentence_and_a_closed_pipe_is_silent(demo_path: Path) -> None:
+    command = [*COMPLETE, "--prompts", "Tell a story", "--max-tokens", "8"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert last_line(done) == "python -m engine.completion: No space left on device"
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert done.returncode == 1
+    assert "Error" not in done.stderr
+
+
+def last_line(done: "subprocess.CompletedProcess[str]") -> str:
+    return done.stderr.rstrip("\n").rpartition("\n")[2]

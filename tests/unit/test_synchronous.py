@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anyio
+import numpy as np
 import pytest
 
 from engine import (
@@ -191,6 +192,8 @@ def test_more_prompts_than_may_wait_are_admitted_as_room_comes(toy: Opener) -> N
         (SamplingParams(logprobs=0), ["a"], InvalidRequest, "logprobs is 0"),
         (SamplingParams(max_tokens=4), [[1], [1], [10**6]], InvalidRequest, "not in the vocabulary"),
         (SamplingParams(max_tokens=4), ["a", ""], InvalidRequest, "no tokens"),
+        (None, ["a"], InvalidRequest, "must be SamplingParams or a list"),
+        (SamplingParams(max_tokens=4), ["a", np.array(5)], InvalidRequest, "0 dimensions"),
         (SamplingParams(max_tokens=4), ["a", "b", [1] * 10**5], ContextTooLong, "100,000 tokens"),
     ],
 )
@@ -513,3 +516,20 @@ def test_the_snippet_of_vllm_rs_runs(demo_path: Path) -> None:
     assert re.fullmatch(r"\((\d+), (\d+), (\d+), (\d+)\)", done_line)
     assert 1 <= int(done_line.strip("()").split(", ")[3]) <= 256
     assert re.search(r"[a-z]{2}", "".join(pieces))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_is_told_to_make_an_engine_of_its_own(toy: Opener) -> None:
+    with toy() as engine:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                engine.generate_sync(SamplingParams(max_tokens=1), ["a"])
+            except EngineClosed as error:
+                code = 0 if "another process" in str(error) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert len(engine.generate_sync(SamplingParams(max_tokens=1), ["a"])) == 1
