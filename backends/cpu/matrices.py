@@ -1,25 +1,22 @@
-"""Matrices as they rest in memory: quantized lanes and dense lanes, and the table of storage types that become them.
+"""Matrices as they rest in memory: lanes, planes, grids, dense lanes. packing.py makes them, ops.py multiplies by them.
 
-weights.py packs a checkpoint's tensors with it, ops.py multiplies by what comes out. One rule for every storage type: an
-exact repack if there is one, else bfloat16. Nothing here keeps a view of a file.
+Every quantized type rests at about its own size, exactly (docs/storage-types.md). What they all have: rows, nbytes, take.
 """
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.cpu.kernels import repack
+from backends.cpu.kernels.grid_blocks import Kind
 from backends.cpu.kernels.jit import LANES
-from engine.weights.tensors import RawTensor, to_float32
+from backends.cpu.kernels.planes import Codebook
+from engine.weights.tensors import RawTensor, StorageType, to_float32
 
-__all__ = ["DENSE", "PACKINGS", "DenseMatrix", "Lanes", "Matrix", "pack"]
+__all__ = ["DenseArray", "DenseMatrix", "Grid", "Lanes", "Matrix", "Planes"]
 
 FloatArray = NDArray[np.float32]
 DenseArray = FloatArray | NDArray[np.uint16] | NDArray[np.int16]
-WIDEN_BYTES = 64 << 20    # float32 bytes of a matrix that are made at a time, where it goes through float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,77 +66,83 @@ class DenseMatrix:
         return (chosen.view(np.float16) if chosen.dtype == np.int16 else chosen).astype(np.float32)
 
 
-Matrix = Lanes | DenseMatrix
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """A matrix in 2 to 6 bits, see kernels/planes.py; a plane or a codebook that it does not have is None."""
+
+    rows: int
+    group: int                              # columns of a group
+    low: NDArray[np.uint32]                 # (rows / 32, columns * bits / 32, 32)
+    low_bits: int
+    high: NDArray[np.uint32] | None
+    high_bits: int
+    codebook: Codebook                      # 16 bytes in four words
+    scale: FloatArray                       # (rows / 32, groups or blocks, 32)
+    minimum: FloatArray                     # the same, or (0, 0, 0)
+    fine: NDArray[np.uint32]                # (rows / 32, groups / 4, 32): int8 + 128; or (0, 0, 0)
+    fine_minimum: NDArray[np.uint32]
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.low, self.scale, self.minimum, self.fine, self.fine_minimum)
+        return sum(array.nbytes for array in arrays) + (self.high.nbytes if self.high is not None else 0)
+
+    def take(self, rows: NDArray[np.int32]) -> FloatArray:
+        """Some rows as float32: what an embedding looks up."""
+        q = integers(self.low, self.low_bits, rows)
+        bits = self.low_bits
+        if self.high is not None:
+            q = q | integers(self.high, self.high_bits, rows) << bits
+            bits += self.high_bits
+        if self.codebook is not None:
+            q, bits = np.array(self.codebook, np.uint32).view(np.uint8)[q], 8
+        groups = q.shape[1] // self.group
+        parts = q.reshape(len(rows), groups, self.group) * np.float32(2.0**-bits)
+        scale = group_values(self.scale, self.fine, rows, groups)
+        if len(self.minimum):
+            values = parts * scale + group_values(self.minimum, self.fine_minimum, rows, groups)
+        else:
+            values = (parts - np.float32(0.5)) * scale
+        return values.reshape(len(rows), -1)
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
-    """How a quantized storage type rests as lanes."""
+class Grid:
+    """A matrix of a grid type: the blocks of the file, 32 rows of bytes side by side."""
 
-    bits: int
-    group: int
-    minima: bool
-    pack: Callable[[NDArray[np.uint8], NDArray[np.uint32], FloatArray, FloatArray, int], None]
+    rows: int
+    storage: StorageType
+    kind: Kind
+    blocks: NDArray[np.uint8]               # (rows / 32, row bytes, 32)
 
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
 
-PACKINGS = {
-    "Q4_0": Packing(4, 32, False, repack.q4_0),
-    "Q4_1": Packing(4, 32, True, repack.q4_1),
-    "Q4_K": Packing(4, 32, True, repack.q4_k),
-    "Q5_0": Packing(8, 32, False, repack.q5_0),
-    "Q5_1": Packing(8, 32, True, repack.q5_1),
-    "Q5_K": Packing(8, 32, True, repack.q5_k),
-    "Q6_K": Packing(8, 16, False, repack.q6_k),
-    "Q8_0": Packing(8, 32, False, repack.q8_0),
-}
-DENSE = {"F32": np.float32, "BF16": np.uint16, "F16": np.int16}
+    def take(self, rows: NDArray[np.int32]) -> FloatArray:
+        """Some rows as float32: what an embedding looks up."""
+        chosen = np.ascontiguousarray(self.blocks[rows // LANES, :, rows % LANES])
+        columns = chosen.shape[1] // self.storage.bytes * self.storage.block
+        return to_float32(RawTensor("rows", (len(rows), columns), self.storage, chosen.reshape(-1), "memory"))
 
 
-def pack(storage: str, tensors: Sequence[RawTensor], taken: Callable[[RawTensor], None]) -> Matrix:
-    """Tensors of the same columns under one another, as `storage`. taken: called after each, when its bytes are free."""
-    rows, columns = sum(tensor.rows for tensor in tensors), tensors[0].shape[-1]
-    blocks = -(-rows // LANES)
-    first = 0
-    if storage in DENSE:
-        weight = np.zeros((blocks, columns, LANES), DENSE[storage])
-        for tensor in tensors:
-            for start, values in dense_pieces(tensor, storage):
-                repack.dense_rows(values, weight, first + start)
-            first += tensor.rows
-            taken(tensor)
-        return DenseMatrix(rows, weight)
-    packing = PACKINGS[storage]
-    words = np.zeros((blocks, columns * packing.bits // 32, LANES), np.uint32)
-    scale = np.zeros((blocks, columns // packing.group, LANES), np.float32)
-    minimum = np.zeros_like(scale) if packing.minima else np.zeros((0, 0, 0), np.float32)
-    for tensor in tensors:
-        packing.pack(tensor.data.reshape(tensor.rows, tensor.row_bytes), words, scale, minimum, first)
-        first += tensor.rows
-        taken(tensor)
-    return Lanes(rows, packing.bits, words, scale, minimum)
+Matrix = Lanes | Planes | Grid | DenseMatrix
 
 
-def dense_pieces(tensor: RawTensor, storage: str) -> Iterator[tuple[int, DenseArray]]:
-    """(first row, rows as `storage`) of the tensor, a few rows at a time, so that float32 never holds all of them."""
-    data = tensor.data.reshape(tensor.rows, tensor.row_bytes)
-    if tensor.storage.name == storage:
-        yield 0, data.view(DENSE[storage])
-        return
-    rows = max(1, WIDEN_BYTES // (4 * tensor.shape[-1]))
-    piece = partial(RawTensor, name=tensor.name, storage=tensor.storage, file=tensor.file)
-    for start in range(0, tensor.rows, rows):
-        some = data[start : start + rows]
-        values = to_float32(piece(shape=(len(some), tensor.shape[-1]), data=some.reshape(-1)))
-        yield start, narrow(values, storage)
+def integers(words: NDArray[np.uint32], bits: int, rows: NDArray[np.int32]) -> NDArray[np.integer]:
+    """The bits that some rows have in a plane, (n, columns)."""
+    shifts = np.array([8 * (j % 4) + bits * (j // 4) for j in range(32 // bits)], np.uint32)
+    fields = (words[rows // LANES, :, rows % LANES][:, :, None] >> shifts) & np.uint32(2**bits - 1)
+    return fields.astype(np.uint8).reshape(len(rows), -1)
 
 
-def narrow(values: FloatArray, storage: str) -> DenseArray:
-    """float32 -> the bits of a dense storage type, rounded to nearest, ties to even."""
-    match storage:
-        case "BF16":
-            bits = np.ascontiguousarray(values).view(np.uint32)
-            return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        case "F16":
-            return values.astype(np.float16).view(np.int16)
-        case _:
-            return np.ascontiguousarray(values)
+def group_values(
+    coarse: FloatArray, fine: NDArray[np.uint32], rows: NDArray[np.int32], groups: int
+) -> FloatArray:
+    """The scales (or minima) of the groups of some rows, (n, groups, 1)."""
+    block, lane = rows // LANES, rows % LANES
+    values = np.repeat(coarse[block, :, lane], groups // coarse.shape[1], axis=1)
+    if len(fine):
+        signed = np.ascontiguousarray(fine[block, :, lane]).view(np.uint8).astype(np.float32) - np.float32(128)
+        values = values * signed
+    return values[:, :, None]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.cpu.kernels import attention, elementwise, linear
+from backends.cpu.kernels import attention, elementwise, grids, linear, planes
 from backends.cpu.kernels.arithmetic import GROUP
 from backends.cpu.kernels.position import rotate_and_write
-from backends.cpu.matrices import DenseMatrix, Lanes, Matrix
+from backends.cpu.matrices import DenseMatrix, Grid, Lanes, Matrix, Planes
 from backends.cpu.weights import LayerWeights, Stack
 from engine.model.spec import Activation, Attention
 
@@ -146,5 +146,13 @@ def apply_matrix(x: Rows, matrix: Matrix, out: FloatArray, first: int, *, add: b
     match matrix:
         case Lanes(rows=rows, words=words, scale=scale, minimum=minimum):
             linear.lanes(x.values, x.sums, words, scale, minimum, rows, out, first, add, x.tokens)
+        case Planes():
+            m = matrix
+            planes.planes(
+                x.values, x.sums, m.low, m.low_bits, m.high, m.high_bits, m.codebook, m.scale, m.minimum, m.fine,
+                m.fine_minimum, m.group, m.rows, out, first, add, x.tokens,
+            )  # fmt: skip
+        case Grid(rows=rows, kind=kind, blocks=blocks, storage=storage):
+            grids.grids(x.values, kind, blocks, storage.bytes, rows, out, first, add, x.tokens)
         case DenseMatrix(rows=rows, weight=weight):
             linear.dense(x.values, weight, rows, out, first, add, x.tokens)

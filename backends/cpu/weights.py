@@ -13,7 +13,8 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.cpu.matrices import DENSE, PACKINGS, Matrix, pack
+from backends.cpu.matrices import Matrix
+from backends.cpu.packing import DENSE, PACKINGS, pack
 from engine.backend import Progress
 from engine.errors import BadModelFile, ConfigError
 from engine.model.spec import Dense, FeedForward, Layer, Mixture, ModelSpec

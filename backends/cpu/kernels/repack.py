@@ -1,8 +1,7 @@
-"""GGML's quantized blocks -> lanes of 4 or 8 bits: the same integers, scales and minima in another order, exactly.
+"""Rows -> lanes: GGML's 4-bit and 8-bit blocks at once, everything else one array after another, exactly.
 
-weights.py calls one of these per storage type. `raw` is (rows, row bytes); row i of it becomes row first + i of the lanes.
-Integers narrower than the lanes are shifted up, and the stored scale holds the factor 2^bits (see linear.py), both
-exact. Block layouts: ggml-common.h of llama.cpp, as gguf.quants reads them.
+matrices.py calls these. `raw` is (rows, row bytes) or (rows, columns); row i of it becomes row first + i of the lanes. The
+stored scale holds the factor 2^bits (see linear.py). Block layouts: ggml-common.h of llama.cpp, as gguf.quants reads them.
 """
 
 import numpy as np
@@ -12,12 +11,12 @@ from numpy.typing import NDArray
 from backends.cpu.kernels.arithmetic import half
 from backends.cpu.kernels.jit import LANES, inner, kernel, signed
 
-__all__ = ["dense_rows", "q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0"]
+__all__ = ["dense_rows", "plane_rows", "q4_0", "q4_1", "q4_k", "q8_0"]
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Words = NDArray[np.uint32]
-Dense = NDArray[np.float32] | NDArray[np.uint16] | NDArray[np.int16]
+Array = NDArray[np.float32] | NDArray[np.uint32] | NDArray[np.uint16] | NDArray[np.int16] | NDArray[np.uint8]
 
 U, F = np.uint32, np.float32
 
@@ -34,15 +33,6 @@ def nibbles(raw: Bytes, i: int, at: int, shift: int) -> np.uint32:
     for j in range(8):
         word |= U(((U(raw[i, at + j]) >> U(shift)) & U(15)) << U(4 * j))
     return word
-
-
-@inner
-def high_bits(raw: Bytes, i: int, at: int) -> np.uint32:
-    """32 bits, little endian: the fifth bits of a Q5_0 or Q5_1 block."""
-    bits = U(0)
-    for j in range(4):
-        bits |= U(U(raw[i, at + j]) << U(8 * j))
-    return bits
 
 
 @inner
@@ -99,82 +89,6 @@ def q4_k(raw: Bytes, words: Words, scale: Floats, minimum: Floats, first: int) -
 
 
 @kernel
-def q5_0(raw: Bytes, words: Words, scale: Floats, minimum: Floats, first: int) -> None:
-    for row in prange(raw.shape[0]):
-        i = signed(row)
-        b, r = (first + i) // LANES, (first + i) % LANES
-        for g in range(scale.shape[1]):
-            at = 22 * g
-            scale[b, g, r] = half_at(raw, i, at) * F(32)
-            fifth = high_bits(raw, i, at + 2)
-            for w in range(8):
-                word = U(0)
-                for j in range(4):
-                    k = 4 * w + j
-                    q = U((U(raw[i, at + 6 + k % 16]) >> U(4 * (k // 16))) & U(15)) | U(((fifth >> U(k)) & U(1)) << U(4))
-                    word |= U(U(q << U(3)) << U(8 * j))
-                words[b, 8 * g + w, r] = word
-
-
-@kernel
-def q5_1(raw: Bytes, words: Words, scale: Floats, minimum: Floats, first: int) -> None:
-    for row in prange(raw.shape[0]):
-        i = signed(row)
-        b, r = (first + i) // LANES, (first + i) % LANES
-        for g in range(scale.shape[1]):
-            at = 24 * g
-            scale[b, g, r] = half_at(raw, i, at) * F(32)
-            minimum[b, g, r] = half_at(raw, i, at + 2)
-            fifth = high_bits(raw, i, at + 4)
-            for w in range(8):
-                word = U(0)
-                for j in range(4):
-                    k = 4 * w + j
-                    q = U((U(raw[i, at + 8 + k % 16]) >> U(4 * (k // 16))) & U(15)) | U(((fifth >> U(k)) & U(1)) << U(4))
-                    word |= U(U(q << U(3)) << U(8 * j))
-                words[b, 8 * g + w, r] = word
-
-
-@kernel
-def q5_k(raw: Bytes, words: Words, scale: Floats, minimum: Floats, first: int) -> None:
-    for row in prange(raw.shape[0]):
-        i = signed(row)
-        b, r = (first + i) // LANES, (first + i) % LANES
-        for g in range(scale.shape[1]):
-            at, s = 176 * (g // 8), g % 8
-            scale[b, g, r] = half_at(raw, i, at) * F(k_scale(raw, i, at + 4, s)) * F(32)
-            minimum[b, g, r] = -half_at(raw, i, at + 2) * F(k_minimum(raw, i, at + 4, s))
-            for w in range(8):
-                word = U(0)
-                for j in range(4):
-                    k = 4 * w + j
-                    low = U((U(raw[i, at + 48 + 32 * (s // 2) + k]) >> U(4 * (s % 2))) & U(15))
-                    high = U((U(raw[i, at + 16 + k]) >> U(s)) & U(1))
-                    word |= U(U(U(low | U(high << U(4))) << U(3)) << U(8 * j))
-                words[b, 8 * g + w, r] = word
-
-
-@kernel
-def q6_k(raw: Bytes, words: Words, scale: Floats, minimum: Floats, first: int) -> None:
-    for row in prange(raw.shape[0]):
-        i = signed(row)
-        b, r = (first + i) // LANES, (first + i) % LANES
-        for g in range(scale.shape[1]):          # groups of 16
-            at, s = 210 * (g // 16), g % 16
-            scale[b, g, r] = half_at(raw, i, at + 208) * F(np.int8(raw[i, at + 192 + s])) * F(64)
-            for w in range(4):
-                word = U(0)
-                for j in range(4):
-                    k = 16 * s + 4 * w + j        # place in the block: two halves of four quarters of 32
-                    part, quarter, column = k // 128, k % 128 // 32, k % 32
-                    low = U(raw[i, at + 64 * part + 32 * (quarter % 2) + column]) >> U(4 * (quarter // 2))
-                    high = U(raw[i, at + 128 + 32 * part + column]) >> U(2 * quarter)
-                    q = U((low & U(15)) | U((high & U(3)) << U(4)))
-                    word |= U(U(q << U(2)) << U(8 * j))
-                words[b, 4 * g + w, r] = word
-
-
-@kernel
 def q8_0(raw: Bytes, words: Words, scale: Floats, minimum: Floats, first: int) -> None:
     for row in prange(raw.shape[0]):
         i = signed(row)
@@ -190,9 +104,24 @@ def q8_0(raw: Bytes, words: Words, scale: Floats, minimum: Floats, first: int) -
 
 
 @kernel
-def dense_rows(raw: Dense, out: Dense, first: int) -> None:
+def dense_rows(raw: Array, out: Array, first: int) -> None:
     for row in prange(raw.shape[0]):
         i = signed(row)
         b, r = (first + i) // LANES, (first + i) % LANES
         for k in range(raw.shape[1]):
             out[b, k, r] = raw[i, k]
+
+
+@kernel
+def plane_rows(q: Bytes, words: Words, bits: int, down: int, first: int) -> None:
+    """Bits down .. down + bits of integers (rows, columns): one of the planes that planes.py describes."""
+    per = 32 // bits
+    mask = U(U(U(1) << U(bits)) - U(1))
+    for row in prange(q.shape[0]):
+        i = signed(row)
+        b, r = (first + i) // LANES, (first + i) % LANES
+        for w in range(words.shape[1]):
+            word = U(0)
+            for j in range(per):
+                word |= U(U(U(q[i, w * per + j] >> U(down)) & mask) << U(8 * (j % 4) + bits * (j // 4)))
+            words[b, w, r] = word
