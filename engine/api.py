@@ -8,7 +8,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from random import Random
 from types import TracebackType
@@ -43,8 +43,8 @@ from engine.text.detokenizer import Detokenizer
 from engine.text.messages import Message
 from engine.text.template import RESERVED, ChatTemplate
 from engine.text.tokenizer import Tokenizer
-from engine.weights.checkpoint import Checkpoint, open_checkpoint
-from engine.weights.hub import DEMO_SAMPLING, demo_model, model_path
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.open_model import open_model
 
 if TYPE_CHECKING:
     from engine.synchronous import SynchronousEngine
@@ -121,6 +121,7 @@ class Engine:
         backend: Backend | None = None, checkpoint: Checkpoint | None = None,
     ) -> None:  # fmt: skip
         assert dtype is None, "SynchronousEngine keeps its dtype in the config"
+        check_config(config)
         self.config = config or EngineConfig()
         self.metrics = Metrics()
         self._progress = progress or (lambda what, done, total: None)
@@ -148,7 +149,7 @@ class Engine:
                 raise ConfigError(f"{message}: use a GGUF file that is quantized already")
             checkpoint = self._given_checkpoint
             if checkpoint is None:
-                checkpoint = await anyio.to_thread.run_sync(self._open_checkpoint)
+                checkpoint = await anyio.to_thread.run_sync(open_model, config)
             override = await anyio.to_thread.run_sync(read_chat_template, config)
             template = _template(checkpoint, override)
             if backend is None:
@@ -176,14 +177,6 @@ class Engine:
         """The progress of loading, called on the device thread; loading that nobody waits for any more ends here."""
         self._check_wanted()
         self._progress(what, done, total)
-
-    def _open_checkpoint(self) -> Checkpoint:
-        c = self.config
-        path = model_path(c)
-        checkpoint = open_checkpoint(path)
-        if c.model_id is c.weight_path is c.weight_file is None and path == demo_model():
-            checkpoint = replace(checkpoint, sampling_defaults={**DEMO_SAMPLING, **checkpoint.sampling_defaults})
-        return checkpoint
 
     async def _load(
         self, device: DeviceThread, backend: Backend, checkpoint: Checkpoint, template: ChatTemplate | None
@@ -452,6 +445,12 @@ async def _run(running: _Running) -> None:
     """The loop in a scope of its own: ending it must not cancel the block that the engine is used in."""
     with running.scope:
         await running.core.run()
+
+
+def check_config(config: object) -> None:
+    """Raise ConfigError for what is no EngineConfig, such as a path."""
+    if config is not None and not isinstance(config, EngineConfig):
+        raise ConfigError(f"Engine takes an EngineConfig, not {config!r:.80}: write EngineConfig(weight_file=...)")
 
 
 def _template(checkpoint: Checkpoint, override: str | None) -> ChatTemplate | None:

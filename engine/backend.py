@@ -122,7 +122,7 @@ def create_backend(name: str = "auto") -> Backend:
     for candidate in wanted:
         points = entry_points(group=GROUP, name=candidate)
         if not points:
-            known = ", ".join(installed) or "none"
+            known = ", ".join(each for each in installed if each != "null") or "none"     # null is for the bench
             raise DeviceUnavailable(f"no backend named {candidate!r} is installed: choose one of {known}")
         try:
             factory = cast(Callable[[], Backend], next(iter(points)).load())

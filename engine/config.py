@@ -18,6 +18,7 @@ from engine.errors import ConfigError
 __all__ = ["FLAGS", "EngineConfig", "Flag", "GenerationConfig", "parse_environment", "parse_flags"]
 
 DTYPES = ("auto", "bf16", "f16", "f32")
+DTYPE_NAMES = {"bfloat16": "bf16", "float16": "f16", "fp16": "f16", "half": "f16", "float32": "f32", "fp32": "f32"}
 MODEL_SOURCES = ("huggingface", "modelscope")
 ISQ_TYPES = {
     name.lower().replace("_", ""): name
@@ -87,6 +88,7 @@ class EngineConfig:
     presence_penalty: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", DTYPE_NAMES.get(self.dtype, self.dtype))
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("model_source", self.model_source, MODEL_SOURCES)
         _check_bounds(self)
@@ -231,21 +233,33 @@ class _Parser(argparse.ArgumentParser):
     """argparse with our errors, so that a wrong flag is a ConfigError for every caller."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists every flag)")
+        wrong = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
+        close = difflib.get_close_matches(wrong, self._option_string_actions, 1) if wrong.startswith("-") else []
+        cure = f"did you mean {close[0]}? " if close and wrong != message else ""
+        raise ConfigError(f"{message} ({cure}--help lists every flag)")
 
 
 def parse_flags(
     arguments: Sequence[str], own: Iterable[Flag] = (), *, program: str, description: str
 ) -> tuple[EngineConfig, dict[str, Any]]:
-    """A command line -> the engine's config, and the values of the program's own flags by field (None: not given)."""
+    """A command line -> the engine's config, and the values of the program's own flags by field (None: not given).
+
+    A model may stand without a flag, as a path or a hub id: what --m takes. Flags of one letter may have one dash.
+    """
     own = tuple(own)
     parser = _Parser(prog=program, description=description, allow_abbrev=False)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="path or hub id of the model, the same as --m")
     for flag in (*FLAGS, *own):
+        names = [f"--{flag.name}", *([f"-{flag.name}"] if len(flag.name) == 1 else [])]
         if flag.kind is bool:
-            parser.add_argument(f"--{flag.name}", dest=flag.field, nargs="?", const="1", metavar="0|1", help=flag.help)
+            parser.add_argument(*names, dest=flag.field, nargs="?", const="1", metavar="0|1", help=flag.help)
         else:
-            parser.add_argument(f"--{flag.name}", dest=flag.field, metavar=flag.kind.__name__.upper(), help=flag.help)
+            parser.add_argument(*names, dest=flag.field, metavar=flag.kind.__name__.upper(), help=flag.help)
     given = vars(parser.parse_args([_dashed(argument) for argument in arguments]))
+    if (model := given.pop("model")) is not None:
+        if named := [name for name in ("model_id", "weight_path") if given[name] is not None]:
+            raise ConfigError(f"two models are named, {model!r} and {given[named[0]]!r}: leave one out")
+        given["model_id"] = model
     values = {flag.field: flag.read(text) for flag in (*FLAGS, *own) if (text := given[flag.field]) is not None}
     return _split(values, own)
 

@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.config import FLAGS, EngineConfig, Flag
@@ -36,12 +35,16 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (--help lists every flag)")
 
 
+class _NobodyReads(Exception):
+    """stdout does not take what is written: its reader has left, or its disk is full."""
+
+
 def _pull(arguments: Sequence[str]) -> None:
     from engine.weights.hub import model_path
 
     given = _parse("pull", arguments, "f", "revision", "model-source", "hf-token", "hf-token-path")
     path = model_path(_config(given))
-    print(clean(str(path)))
+    _say(clean(str(path)))
 
 
 def _list(arguments: Sequence[str]) -> None:
@@ -60,50 +63,61 @@ def _list(arguments: Sequence[str]) -> None:
         used = _ago(now - max(state.st_atime, state.st_mtime))
         rows.append((f"{demo.stem} (demo)", "GGUF", size_text(state.st_size), used, DEMO_WHEEL))
     if not rows:
-        print("no models yet: `rillet pull owner/name` brings one", file=sys.stderr)
+        _remark("no models yet: `rillet pull owner/name` brings one")
         return
     lines = columns([("model", "files", "size", "last used", "from"), *rows], right=(2,))
-    print("\n".join(clean(line) for line in lines))
+    _say("\n".join(clean(line) for line in lines))
 
 
 def _show(arguments: Sequence[str]) -> None:
     from engine.model_card import model_card
-    from engine.weights.checkpoint import open_checkpoint
-    from engine.weights.hub import model_path
+    from engine.weights.open_model import open_model
 
     given = _parse("show", arguments, "f", "revision", "model-source", model="maybe")
-    path = model_path(_config(given, offline=True))
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_model(_config(given, offline=True))
     try:
-        print(clean(model_card(checkpoint)))
+        _say(clean(model_card(checkpoint)))
     finally:
         checkpoint.close()
 
 
 def _remove(arguments: Sequence[str]) -> None:
     from engine.model_card import size_text
-    from engine.weights.hub import split_tag
+    from engine.weights.hub import is_path, split_tag
     from engine.weights.models import plan_removal
 
     yes = Flag("yes", "yes", bool, "do not ask")
     given = _parse("remove", arguments, "model-source", own=(yes,))
-    if Path(given["model_id"]).expanduser().exists():
+    if is_path(given["model_id"]):
         raise ConfigError(f"{given['model_id']} is a path: delete it yourself, remove is for the hubs' caches")
     removal = plan_removal(*split_tag(given["model_id"]), _config(given).model_source)
     count = "1 file" if removal.files == 1 else f"{removal.files} files"
     what = clean(f"{removal.name} ({count}, {size_text(removal.size_bytes)})")
     if not given["yes"]:
-        if not sys.stdin.isatty():
+        if sys.stdin is None or not sys.stdin.isatty():                      # None: closed
             raise ConfigError(f"{what} is not removed: say --yes where nobody can be asked")
-        print(f"Remove {what}? [y/N] ", end="", file=sys.stderr, flush=True)
+        _remark(f"Remove {what}? [y/N] ", end="")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            print("nothing is removed", file=sys.stderr)
+            _remark("nothing is removed")
             return
     try:
         removal.execute()
     except OSError as error:
         raise ModelNotFound(f"{removal.name} cannot be removed ({error}): check the rights of the cache") from error
-    print(f"removed {what}")
+    _say(f"removed {what}")
+
+
+def _say(text: str) -> None:
+    """What was asked for, to stdout; nothing where that is closed. Raises _NobodyReads."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise _NobodyReads from error
+
+
+def _remark(text: str, end: str = "\n") -> None:
+    if sys.stderr is not None:                           # print() takes None for stdout
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def _parse(
@@ -149,14 +163,13 @@ def _command(name: str, body: Callable[[Sequence[str]], None]) -> Callable[[Sequ
         logging.getLogger("huggingface_hub").propagate = False               # it prints its own warnings
         try:
             body(arguments)
-            sys.stdout.flush()
-        except BrokenPipeError:                          # whoever read this has left
+        except _NobodyReads:                             # what is buffered must not fail again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except KeyboardInterrupt:
             return INTERRUPTED
         except RilletError as error:
-            print(f"rillet {name}: {clean(str(error))}", file=sys.stderr)
+            _remark(f"rillet {name}: {clean(str(error))}")
             return 2 if isinstance(error, ConfigError) else 1
         return 0
 

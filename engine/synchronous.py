@@ -15,11 +15,11 @@ from time import monotonic, time
 from types import TracebackType
 from typing import Any, Literal, overload
 
-from engine.api import Engine
+from engine.api import Engine, check_config
 from engine.backend import Backend, Progress
 from engine.background import SLICE_S, Host
 from engine.batch import Answer, answer_all
-from engine.config import EngineConfig
+from engine.config import DTYPE_NAMES, EngineConfig
 from engine.errors import ConfigError, EngineClosed, InvalidRequest
 from engine.metrics import Statistics
 from engine.prompts import Prompt
@@ -68,6 +68,8 @@ class SynchronousEngine(Engine):
         self, config: EngineConfig | None, dtype: str, *, progress: Progress | None = None, backend: Backend | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:  # fmt: skip
+        check_config(config)
+        dtype = DTYPE_NAMES.get(dtype, dtype)
         if dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
         config = config or EngineConfig()

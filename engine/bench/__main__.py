@@ -33,8 +33,8 @@ from engine.bench.workloads import WORKLOADS, Rates, Workload, workload
 from engine.config import EngineConfig, Flag, parse_flags
 from engine.errors import ConfigError, RilletError
 from engine.model.spec import Dense, Mixture, ModelSpec
-from engine.weights.checkpoint import Checkpoint, open_checkpoint
-from engine.weights.hub import model_path
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.open_model import open_model
 
 __all__ = ["main"]
 
@@ -137,7 +137,7 @@ class Bench:
     def checkpoint(self) -> Checkpoint:
         if self.own["synthetic"]:
             return synthetic_checkpoint(self.own["synthetic"])
-        return open_checkpoint(model_path(self.config))
+        return open_model(self.config)
 
 
 def _figure(

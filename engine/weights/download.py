@@ -66,14 +66,17 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _open(url: str, headers: Mapping[str, str]) -> Any:
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise DownloadFailed(f"{url[:100]!r} is no http address")
-    request = urllib.request.Request(url, headers={"User-Agent": "rillet", **headers})  # noqa: S310 (checked above)
     try:
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise DownloadFailed(f"{url[:100]!r} is no http address")
+        request = urllib.request.Request(url, headers={"User-Agent": "rillet", **headers})  # noqa: S310 (checked above)
         return _opener().open(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         with error:
-            raise DownloadFailed(f"the hub answers {error.code} {error.reason}", error.code) from None
+            reason = str(error.reason).partition("\n")[0]
+            raise DownloadFailed(f"the hub answers {error.code} {reason}", error.code) from None
+    except (ValueError, http.client.InvalidURL) as error:                    # an address that urllib cannot read
+        raise DownloadFailed(f"the hub's address, or the one that it redirects to, is none ({error})") from None
 
 
 def get_json(url: str, headers: Mapping[str, str]) -> Any:

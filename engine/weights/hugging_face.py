@@ -4,19 +4,19 @@ hub.py makes one and asks for names and files. huggingface_hub does the work: HF
 are its own, and its bars show only on a terminal. Every failure leaves here as a ModelNotFound with a cure.
 """
 
-import glob
 import logging
-import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from engine.errors import ConfigError, ModelNotFound
+from engine.weights.hub_headers import guard_headers
 from engine.weights.repository import safe_names
 
 __all__ = ["HuggingFaceRepository"]
 
 NOT_CACHED = "it is not in the cache, and no hub is asked: bring it with `rillet pull`, and without HF_HUB_OFFLINE"
+AT_ONCE = 4                                              # downloads
 log = logging.getLogger("rillet")
 
 
@@ -61,19 +61,32 @@ class HuggingFaceRepository:
         """Bring the files into the cache, those that are there already without a download. The snapshot's folder."""
         if self.offline:
             return self._complete(self._snapshot(), names)
-        from huggingface_hub import hf_hub_download, snapshot_download
-
         try:
+            folder = self._download(names[0], self.revision)
             if len(names) == 1:
-                path = hf_hub_download(self.model_id, names[0], revision=self.revision, token=self._token)
-                return Path(path).parents[len(PurePosixPath(names[0]).parts) - 1]
-            patterns = [glob.escape(name) for name in names]
-            found = snapshot_download(
-                self.model_id, allow_patterns=patterns, revision=self.revision, token=self._token, tqdm_class=_bar_class()
-            )
+                return folder
+            with ThreadPoolExecutor(AT_ONCE, "rillet-download") as pool:
+                try:                       # of the same commit, whatever is pushed meanwhile
+                    list(pool.map(lambda name: self._download(name, folder.name), names[1:]))
+                finally:
+                    pool.shutdown(cancel_futures=True)
+        except ModelNotFound:
+            raise
         except Exception as error:         # see names()
             raise self._failure(error, names[0] if len(names) == 1 else None) from error
-        return self._complete(Path(found), names)
+        return self._complete(folder, names)
+
+    def _download(self, name: str, revision: str | None) -> Path:
+        """Bring one file; the snapshot's folder. snapshot_download() is not used: it builds paths of a listing, unchecked."""
+        from huggingface_hub import constants, hf_hub_download
+
+        guard_headers()
+        path = Path(hf_hub_download(self.model_id, name, revision=revision, token=self._token))
+        root = Path(constants.HF_HUB_CACHE).resolve()
+        places = (root / f"models--{self.model_id.replace('/', '--')}", root / "blobs")    # the second: shared ones
+        if not any(path.resolve().is_relative_to(place.resolve()) for place in places):
+            raise ModelNotFound(f"{self.model_id}/{name}: {path} leads out of the cache: delete that link and pull again")
+        return path.parents[len(PurePosixPath(name).parts) - 1]
 
     def _complete(self, folder: Path, names: Sequence[str]) -> Path:
         """The folder, if it has all these files."""
@@ -135,19 +148,6 @@ class HuggingFaceRepository:
                 return f"the hub cannot be reached ({_first_line(error)}) and it is not in the cache: check the network"
             case _:                                      # the disk's errors, and those of the hub's HTTP library
                 return f"the download failed ({_first_line(error)}): check network and disk and try again"
-
-
-def _bar_class() -> Any:
-    """huggingface_hub's bar, hidden where stderr is no terminal: the one over several files forgets to ask."""
-    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
-
-    class Bar(tqdm):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            if not sys.stderr.isatty():
-                options["disable"] = True
-            super().__init__(*arguments, **options)  # type: ignore[no-untyped-call]
-
-    return Bar
 
 
 def _names_in(folder: Path) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ folder of a hub's cache: a link that leads out of there is a refusal, not a path
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +132,11 @@ def _plan_hugging_face(model_id: str, tag: str | None) -> Removal:
     cache = _scan()
     repos = [] if cache is None else [repo for repo in cache.repos if (repo.repo_type, repo.repo_id) == ("model", model_id)]
     if not repos or not (files := _files_of_repo(repos[0])):
-        raise ModelNotFound(f"{model_id}: it is not in Hugging Face's cache: `rillet list` tells what is")
+        raise ModelNotFound(f"{model_id[:200]}: it is not in Hugging Face's cache: `rillet list` tells what is")
     repo = repos[0]
     if tag is None:
-        strategy = cache.delete_revisions(*(revision.commit_hash for revision in repo.revisions))
+        alone = replace(cache, repos=frozenset({repo}))  # two repositories may have a commit of the same hash
+        strategy = alone.delete_revisions(*(revision.commit_hash for revision in repo.revisions))
         chosen = files
     else:
         names = set(_variant(files, tag, model_id).files)
@@ -183,7 +184,7 @@ def _files_in(folder: Path) -> list[_File]:
 def _plan_modelscope(model_id: str, tag: str | None) -> Removal:
     folder = cache_folder(model_id)
     if not safe_names([model_id]) or folder not in _modelscope_folders():
-        raise ModelNotFound(f"{model_id}: it is not in ModelScope's cache: `rillet list` tells what is")
+        raise ModelNotFound(f"{model_id[:200]}: it is not in ModelScope's cache: `rillet list` tells what is")
     files = _files_in(folder)
     if tag is None:
         alias = folder.with_name(model_id.partition("/")[2])                 # a link that ModelScope's client makes

@@ -92,24 +92,27 @@ class ModelScopeRepository:
 
     def _bring(self, entries: Mapping[str, _Entry]) -> None:
         note = self._note()
-        seen: dict[str, str] = note.get("sha256", {})
+        # of another revision nothing is known: a file of the same size may be another one
+        seen: dict[str, str] = note["sha256"] if note.get("revision") == self.revision else {}
         wanted = {name: entry for name, entry in entries.items() if not self._is_here(name, entry, seen.get(name))}
         total = sum(entry.size for entry in wanted.values())
         self._folder.mkdir(parents=True, exist_ok=True)
         if total > (free := shutil.disk_usage(self._folder).free):
             raise ModelNotFound(f"{self._where}: it needs {total:,} bytes, {self._folder} has {free:,} left: free some room")
+        if wanted and note:                              # an interruption leaves no note of what is replaced now
+            self._write_note(note | {"sha256": {name: sha for name, sha in note["sha256"].items() if name not in wanted}})
         with _bar(self.model_id, total) as advance:
             for name, entry in wanted.items():
                 url = f"{self._api()}/repo?Revision={quote(self.revision, safe='')}&FilePath={quote(name, safe='')}"
                 download(url, self._folder / name, entry.size, entry.sha256, _headers(), advance)
         brought = {name: entry.sha256 or "" for name, entry in entries.items()}
-        kept = seen if note.get("revision") == self.revision else {}
-        self._write_note({"revision": self.revision, "sha256": kept | brought})
+        self._write_note({"revision": self.revision, "sha256": seen | brought})
 
     def _is_here(self, name: str, entry: _Entry, seen: str | None) -> bool:
-        """Whether the file is there in the hub's version: by its size and the hash that it was brought with.
+        """Whether the file is there in the hub's version: by its size and the hash noted of this revision, `seen`.
 
-        What ModelScope's own client brought has no hash noted here: it is computed, once.
+        What ModelScope's own client brought, or another revision, has none noted: it is computed, once. Where the hub
+        states none either, only a file that was brought of this revision counts as there.
         """
         file = self._folder / name
         if not file.is_file() or file.stat().st_size != entry.size:
@@ -180,10 +183,15 @@ def _read_listing(answer: object) -> dict[str, _Entry]:
     entries = {}
     for file in files:
         match file:
-            case {"Path": str(path), "Type": "blob", "Size": int(size)} if 0 <= size <= MAX_FILE_BYTES and safe_names([path]):
+            case {"Path": str(path), "Type": "blob", "Size": int(size)} if 0 <= size <= MAX_FILE_BYTES and _is_listed(path):
                 sha256 = file.get("Sha256")
                 entries[path] = _Entry(size, sha256.lower() if isinstance(sha256, str) and SHA256.fullmatch(sha256) else None)
     return entries
+
+
+def _is_listed(path: str) -> bool:
+    """Not what leaves the folder, and no hidden file: NOTE is one, and no model needs any."""
+    return bool(safe_names([path])) and not any(part.startswith(".") for part in path.split("/"))
 
 
 def _endpoint() -> str:

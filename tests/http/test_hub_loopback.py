@@ -244,6 +244,69 @@ def test_names_of_a_hostile_hub_do_not_leave_the_cache(hub: LoopbackHub, rillet:
     assert [path for path in tmp_path.rglob("*") if "evil" in path.name and "owner--evil" not in path.name] == []
 
 
+@pytest.mark.parametrize("etag", ['"../../../../evil"', '"{root}/evil"', 'W/"../../../../evil"', '".."', 'W..', '"a\\evil"'])
+def test_an_etag_is_no_path(hub: LoopbackHub, rillet: Client, tmp_path: Path, etag: str) -> None:
+    hub.etag = etag.replace("{root}", str(tmp_path))
+    hub.add("owner/one", {"a-Q8_0.gguf": b"x"})
+    hub.add("owner/more", SAFETENSORS)
+    before = set(tmp_path.rglob("*"))
+    for answer in rillet.many("pull owner/one", "pull owner/one --f a-Q8_0.gguf", "pull owner/more"):
+        assert answer.startswith("rillet pull: the hub states ")
+        assert "which is no name of a file" in answer
+        assert answer.endswith("exit code 1")
+    written = {path for path in set(tmp_path.rglob("*")) - before if path.is_file() and "xet" not in path.parts}
+    assert written == set()
+
+
+def test_a_commit_is_no_path(hub: LoopbackHub, rillet: Client, tmp_path: Path) -> None:
+    hub.commit = "../../../../evil"
+    hub.add("owner/more", SAFETENSORS)
+    present, absent = rillet.many("pull owner/more", "pull owner/more --f no.gguf")
+    assert "the hub states X-Repo-Commit '../../../../evil'" in present
+    assert "the hub states X-Repo-Commit '../../../../evil'" in absent
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_a_cached_link_that_leads_out_is_not_used_for_a_download(hub: LoopbackHub, rillet: Client, tmp_path: Path) -> None:
+    hub.add("owner/tiny", {"tiny-Q8_0.gguf": b"good"})
+    path = rillet.pull("owner/tiny")
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"bad")
+    path.unlink()
+    path.symlink_to(outside)
+    done = rillet("pull", "owner/tiny")
+    assert done.returncode == 1
+    assert "leads out of the cache: delete that link and pull again" in done.stderr
+
+
+GUARDED = """
+import huggingface_hub
+from huggingface_hub.utils import get_session
+from engine.weights import hub_headers
+from engine.weights.hub_headers import guard_headers, refuse_astray
+guard_headers()
+guard_headers()
+first = get_session()
+huggingface_hub.close_session()
+assert get_session() is not first
+assert hub_headers._hooks(get_session()).count(refuse_astray) == 1
+"""
+
+
+def test_a_client_that_is_made_anew_is_guarded_too(rillet: Client) -> None:
+    done = rillet.run("-c", GUARDED)
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_files_are_of_one_commit(hub: LoopbackHub, rillet: Client) -> None:
+    hub.add("owner/shards", SAFETENSORS)
+    rillet.pull("owner/shards")
+    commit = hub.commit_of(SAFETENSORS)
+    heads = [request.path for request in hub.requests if request.method == "HEAD" and "/resolve/" in request.path]
+    assert sum("/resolve/main/" in path for path in heads) <= 2, "the index and the first file"
+    assert sum(f"/resolve/{commit}/" in path for path in heads) >= len(SAFETENSORS) - 2
+
+
 def test_list_and_remove_know_what_was_pulled(
     hub: LoopbackHub, rillet: Client, tiny: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from engine.weights import download as downloader
 from engine.weights.download import DownloadFailed, download, get_json
 from engine.weights.hub import resolve_model
 from engine.weights.models import cached_models, plan_removal
+from engine.weights.modelscope import ModelScopeRepository
 from tests.support.loopback_hub import LoopbackHub, loopback_hub
 
 SECRET = "ms-secretSecret"
@@ -115,6 +116,65 @@ def test_another_revision_replaces_the_files_of_the_same_size(hub: LoopbackHub) 
     with pytest.raises(ModelNotFound, match="not in the cache"):
         resolve("owner/tiny", offline=True)
     assert resolve("owner/tiny").read_bytes() == b"new"
+
+
+def test_without_hashes_another_revision_is_fetched_again(hub: LoopbackHub) -> None:
+    hub.states_sha256 = False
+    hub.add("owner/tiny", {"tiny-Q8_0.gguf": b"one"}, revision="v1")
+    hub.add("owner/tiny", {"tiny-Q8_0.gguf": b"two"}, revision="v2")
+    assert resolve("owner/tiny", revision="v1").read_bytes() == b"one"
+    assert resolve("owner/tiny", revision="v2").read_bytes() == b"two"
+    fetched = len(hub.asked("FilePath"))
+    assert resolve("owner/tiny", revision="v2").read_bytes() == b"two"
+    assert len(hub.asked("FilePath")) == fetched, "the same revision is not"
+
+
+def test_a_replacement_that_was_interrupted_is_not_taken_for_the_old_revision(hub: LoopbackHub) -> None:
+    old, half = {"a.gguf": b"one"}, {"a.gguf": b"two", "config.json": b"{}"}
+    hub.add("owner/tiny", old, revision="v1")
+    hub.add("owner/tiny", half, revision="v2")
+    path = resolve("owner/tiny", revision="v1")
+    hub.breaks["a.gguf"] = 0
+    hub.location = "http://[bad/"
+    with pytest.raises(ModelNotFound):
+        resolve("owner/tiny", revision="v2")
+    hub.location = None
+    path.write_bytes(b"two")                             # as if the process had ended right after the file
+    assert resolve("owner/tiny", revision="v1").read_bytes() == b"one"
+
+
+def test_hidden_files_and_our_own_note_are_not_of_the_repository(hub: LoopbackHub) -> None:
+    hidden = {".rillet.json": b"{}", ".rillet.json.new": b"{}", ".git/config.json": b"{}", "a/.b.json": b"{}"}
+    hub.add("owner/model", hidden | {"config.json": b"{}", "model.safetensors": b"w"}, revision="master")
+    assert set(ModelScopeRepository("owner/model").names()) == {"config.json", "model.safetensors"}
+    resolve("owner/model")
+    assert not any(name in request.path for name in hidden for request in hub.requests)
+
+
+@pytest.mark.parametrize(
+    "location", ["http://[bad/", "//[", "http://a..b/", f"http://{'a' * 70}.x/", "http://\xe9/", "http://127.0.0.1:abc/"]
+)
+def test_a_redirect_to_what_is_no_address_fails_at_once(
+    hub: LoopbackHub, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(downloader.time, "sleep", pauses.append)
+    hub.add("owner/tiny", FILES, revision="master")
+    hub.location = location
+    with pytest.raises(ModelNotFound, match="the one that it redirects to, is none"):
+        resolve("owner/tiny:Q8_0")
+    assert pauses == []
+    assert len(hub.asked("FilePath")) == 1
+    with pytest.raises(DownloadFailed):
+        get_json(f"{hub.url}/api/v1/models/owner/tiny/repo?Revision=master&FilePath=README.md", {})
+
+
+@pytest.mark.parametrize("source", ["modelscope", "huggingface"])
+def test_a_revision_that_no_address_can_carry_is_refused(source: str, hub: LoopbackHub) -> None:
+    for revision in ("\udcff", "a\x00", "a\nb"):
+        with pytest.raises(ConfigError, match="characters that no revision has"):
+            resolve_model("owner/tiny", model_source=source, revision=revision)
+    assert hub.requests == []
 
 
 def test_a_token_reaches_the_hub_and_nobody_else(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:

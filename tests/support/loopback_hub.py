@@ -46,6 +46,9 @@ class LoopbackHub:
     requests: list[Request] = field(default_factory=list)
     breaks: dict[str, int] = field(default_factory=dict)                     # file name -> bytes after which it breaks off
     commit: str | None = None                                                # instead of a real one, to play a hostile hub
+    etag: str | None = None                                                  # likewise, for small files and for large ones
+    location: str | None = None                                              # where ModelScope sends for files, likewise
+    states_sha256: bool = True                                               # in ModelScope's lists
     url: str = ""
     cdn_url: str = ""
 
@@ -191,13 +194,13 @@ def _hub_handler(hub: LoopbackHub) -> type[_Handler]:
                 return
             data = files[file]
             if not file.endswith(LARGE):
-                self.reply_file(file, data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', **commit)
+                self.reply_file(file, data, ETag=hub.etag or f'"{hashlib.sha1(data).hexdigest()}"', **commit)
                 return
             sha256 = hashlib.sha256(data).hexdigest()
             location = f"{hub.cdn_url}/{sha256}/{quote(file)}"
             self.reply(
-                302, Location=location, X_Linked_Etag=f'"{sha256}"', X_Linked_Size=str(len(data)), Accept_Ranges="bytes",
-                **commit,
+                302, Location=location, X_Linked_Etag=hub.etag or f'"{sha256}"', X_Linked_Size=str(len(data)),
+                Accept_Ranges="bytes", **commit,
             )  # fmt: skip
 
         def modelscope(self, query: dict[str, list[str]], model: str, list: str | None) -> None:
@@ -214,7 +217,7 @@ def _hub_handler(hub: LoopbackHub) -> type[_Handler]:
                 entries = [
                     {
                         "Path": name, "Name": name.rpartition("/")[2], "Type": "blob", "Size": len(data),
-                        "Sha256": hashlib.sha256(data).hexdigest(), "Revision": "0" * 40,
+                        "Sha256": hashlib.sha256(data).hexdigest() if hub.states_sha256 else None, "Revision": "0" * 40,
                     }
                     for name, data in files.items()
                 ]  # fmt: skip
@@ -223,6 +226,8 @@ def _hub_handler(hub: LoopbackHub) -> type[_Handler]:
             file = query["FilePath"][0]
             if file not in files:
                 self.reply_json({"Code": 10010205001, "Message": "not found", "Success": False}, 404)
+            elif hub.location is not None:
+                self.reply(302, Location=hub.location)
             elif file.endswith(LARGE):
                 self.reply(302, Location=f"{hub.cdn_url}/{hashlib.sha256(files[file]).hexdigest()}/{quote(file)}")
             else:

@@ -147,7 +147,7 @@ def test_a_batch_shows_its_figures_alone(demo_path: Path) -> None:
         (["--prompts", "a", "--isq", "q4k"], 2, "--isq Q4_K: quantizing while loading is not built yet"),
         (["--batch", "100000", "--f", "no.gguf"], 2, "max_num_seqs must be from 1 to 65,536, not 100000"),
         (["--prompts", "a", "--f", "no.gguf"], 1, "no.gguf: no such file"),
-        (["stray"], 2, "stray"),
+        (["a.gguf", "stray"], 2, "stray"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(arguments: list[str], code: int, words: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import Engine
 from engine.config import FLAGS, EngineConfig, Flag, GenerationConfig, parse_environment, parse_flags, read_hf_token
 from engine.errors import ConfigError
 
@@ -74,7 +75,7 @@ def test_own_flags_come_apart_from_the_config() -> None:
         (["--d", "0,0"], ["device_ids", "different", "(0, 0)"]),
         (["--nonsense"], ["--nonsense", "--help"]),
         (["--max-tok", "3"], ["--max-tok", "--help"]),
-        (["stray"], ["stray"]),
+        (["model.gguf", "stray"], ["stray"]),
         (["--seed"], ["--seed", "expected one argument"]),
     ],
 )
@@ -199,3 +200,33 @@ def test_the_hub_token_may_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert read_hf_token(EngineConfig()) is None
     with pytest.raises(ConfigError, match=r"hf_token_path .*missing"):
         read_hf_token(EngineConfig(hf_token_path=str(tmp_path / "missing")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "model_id"),
+    [(["model.gguf"], "model.gguf"), (["--seed", "1", "owner/name:Q8_0"], "owner/name:Q8_0"), (["-m", "a/b"], "a/b")],
+)
+def test_a_model_may_stand_without_a_flag_and_letters_have_one_dash(arguments: list[str], model_id: str) -> None:
+    assert parse_flags(arguments, program="p", description="d")[0].model_id == model_id
+
+
+@pytest.mark.parametrize("other", [["--m", "a/b"], ["--w", "folder"]])
+def test_two_models_are_refused(other: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"two models are named, 'model\.gguf' and"):
+        parse_flags(["model.gguf", *other], program="p", description="d")
+
+
+def test_a_mistyped_flag_is_told_its_name() -> None:
+    with pytest.raises(ConfigError, match="did you mean --temperature"):
+        parse_flags(["--temprature", "0"], program="p", description="d")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float16", "f16"), ("bfloat16", "bf16"), ("fp32", "f32"), ("auto", "auto")])
+def test_dtypes_have_the_names_of_other_libraries(name: str, dtype: str) -> None:
+    assert EngineConfig(dtype=name).dtype == dtype
+
+
+@pytest.mark.parametrize("arguments", [[], ["bf16"]])
+def test_an_engine_wants_a_config_and_says_so(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"write EngineConfig\(weight_file"):
+        Engine("model.gguf", *arguments)  # type: ignore[call-overload]

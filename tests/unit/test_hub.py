@@ -18,10 +18,10 @@ from tests.support.tiny_gguf import write_tiny_gguf
 
 
 class Downloads:
-    """Stands for hf_hub_download: remembers what was asked, gives a path in `folder` or raises `error`."""
+    """Stands for hf_hub_download: remembers what was asked, gives a path in `cache` or raises `error`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, cache: Path) -> None:
+        self.cache = self.folder = cache
         self.error: Exception | None = None
         self.asked: list[tuple] = []
 
@@ -29,12 +29,14 @@ class Downloads:
         self.asked.append((repository, file, revision, token))
         if self.error is not None:
             raise self.error
+        self.folder = self.cache / f"models--{repository.replace('/', '--')}" / "snapshots" / ("0" * 40)
         return str(self.folder / file)
 
 
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Downloads:
-    fake = Downloads(tmp_path / "snapshot")
+    fake = Downloads(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(fake.cache))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake)
     return fake
 

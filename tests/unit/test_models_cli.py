@@ -1,6 +1,8 @@
 """`rillet show`, `list` and `remove` on what is here, and the refusals of all four; downloads are in tests/http."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from engine.model_card import columns, kv_cache_bytes, size_text
 from engine.weights import models
 from engine.weights.checkpoint import open_checkpoint
 from engine.weights.models import plan_removal
+from tests.http.support import ROOT
 from tests.support.tiny_gguf import write_tiny_gguf
 
 
@@ -58,6 +61,12 @@ def test_what_a_file_says_is_no_escape_sequence(tmp_path: Path, capsys: pytest.C
         (["pull", "owner/name:"], 2, "after the colon stands a quantization"),
         (["list", "x"], 2, "unrecognized arguments: x"),
         (["remove", "."], 2, ". is a path: delete it yourself"),
+        (["remove", "~nosuchuser/x"], 1, "write the whole path"),
+        (["remove", "x" * 5000], 1, "it is not in Hugging Face's cache"),
+        (["remove", "x" * 5000, "--model-source", "modelscope"], 1, "it is not in ModelScope's cache"),
+        (["remove", "a\0b"], 1, "it is not in Hugging Face's cache"),
+        (["show", "x" * 5000], 1, "is no hub id"),
+        (["pull", "owner/name", "--revision", "\udcff"], 2, "characters that no revision has"),
     ],
 )
 def test_a_refusal_is_a_sentence_and_a_code(
@@ -68,6 +77,7 @@ def test_a_refusal_is_a_sentence_and_a_code(
     assert captured.out == ""
     assert captured.err.startswith(f"rillet {arguments[0]}: ")
     assert words in captured.err
+    assert len(captured.err) < 400
 
 
 @pytest.mark.parametrize("command", ["pull", "list", "show", "remove"])
@@ -116,6 +126,63 @@ def test_one_quantization_leaves_with_its_bytes(tmp_path: Path, monkeypatch: pyt
     removal.execute()
     assert [path.name for path in blobs.iterdir()] == ["b"]
     assert other.exists()
+
+
+def test_two_repositories_with_a_commit_of_the_same_hash_are_removed_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tiny", "twin", "also"):
+        blob = tmp_path / f"models--owner--{name}" / "blobs" / "a"
+        blob.parent.mkdir(parents=True)
+        blob.write_bytes(b"12345")
+        snapshot = tmp_path / f"models--owner--{name}" / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (snapshot / f"{name}-Q8_0.gguf").symlink_to(blob)
+    monkeypatch.setattr(models, "_scan", lambda: scan_cache_dir(tmp_path))
+    for gone in ("tiny", "twin", "also"):
+        plan_removal(f"owner/{gone}", None, "huggingface").execute()
+        assert not (tmp_path / f"models--owner--{gone}").exists()
+        left = {path.name for path in tmp_path.glob("models--*")}
+        assert f"models--owner--{gone}" not in left
+        assert len(left) == {"tiny": 2, "twin": 1, "also": 0}[gone]
+
+
+STREAMS = """
+import sys
+from engine import models_cli
+sys.exit(models_cli.COMMANDS[sys.argv[1]](sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "redirection", "code", "words"),
+    [
+        ("show MODEL", ">/dev/full", 1, ""),
+        ("show MODEL", ">&-", 0, ""),
+        ("show MODEL", "2>&-", 0, ""),
+        ("show no.gguf", "2>&-", 1, ""),
+        ("remove owner/tiny", "<&-", 2, "is not removed: say --yes where nobody can be asked"),
+    ],
+)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_closed_and_full_streams_are_no_traceback(
+    command: str, redirection: str, code: int, words: str, tmp_path: Path, tiny: Path
+) -> None:
+    blob = tmp_path / "hub" / "models--owner--tiny" / "blobs" / "a"
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(b"12345")
+    hub_cache(tmp_path / "hub", blob)
+    name, model = command.replace("MODEL", str(tiny)).split()
+    environ = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'"$@" {redirection}', "sh", sys.executable, "-c", STREAMS, name, model], capture_output=True,
+        text=True, env=environ, timeout=60, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+    assert words in done.stderr
+    assert bool(done.stderr) == bool(words)
 
 
 def test_sizes_are_in_powers_of_a_thousand() -> None:
