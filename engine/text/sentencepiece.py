@@ -24,6 +24,7 @@ BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 CURE = "download the file again, or take another conversion"
 MAX_PIECE_CHARACTERS = 1 << 10             # of a piece that merges make; sentencepiece's own default is 16
 MAX_ALL_CHARACTERS = 1 << 23               # a vocabulary of 256k pieces has 2 million
+MAX_MERGES, MAX_MERGED_CHARACTERS = 1 << 21, 1 << 26     # Gemma's 256k pieces have 600 thousand merges
 # Phi-3's marks that leave the spaces behind them alone
 _KEEPS_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
@@ -103,12 +104,18 @@ def _merges(pieces: Sequence[Piece], file: str) -> list[tuple[str, str]]:
     """
     plain = {piece.text: token for token, piece in enumerate(pieces) if piece.kind in (NORMAL, USER_DEFINED, UNUSED)}
     found: list[tuple[float, int, int]] = []
+    characters = 0
     for text, token in plain.items():
         if len(text) > MAX_PIECE_CHARACTERS:
             raise BadModelFile(f"it has a token of {len(text):,} characters, {MAX_PIECE_CHARACTERS:,} are allowed: {CURE}",
                                file=file)
         score = -pieces[token].score
+        count = len(found)
         found += [(score, token, -cut) for cut in range(1, len(text)) if text[:cut] in plain and text[cut:] in plain]
+        characters += (len(found) - count) * len(text)
+        if len(found) > MAX_MERGES or characters > MAX_MERGED_CHARACTERS:
+            raise BadModelFile(f"its tokens are made by more than {MAX_MERGES:,} merges, or those have more than "
+                               f"{MAX_MERGED_CHARACTERS:,} characters: {CURE}", file=file)
     found.sort()
     return [(pieces[token].text[:-cut], pieces[token].text[-cut:]) for _, token, cut in found]
 

@@ -18,6 +18,8 @@ __all__ = ["SentencePieceModel", "read_sentencepiece_model"]
 
 CURE = "download the file again, or a tokenizer.json beside it"
 MAX_PIECES = 1 << 20
+# Fields of one message: the file's own beside its pieces, a piece's, and the trainer's, which lists symbols of its user
+MAX_OTHER_FIELDS, MAX_PIECE_FIELDS, MAX_SETTING_FIELDS = 64, 16, 1 << 16
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5                   # how a field's value is written
 UNIGRAM, BPE = 1, 2                                            # TrainerSpec.model_type
 # A field's number in its message
@@ -25,6 +27,10 @@ PIECES, TRAINER, NORMALIZER = 1, 2, 3
 TEXT, SCORE, KIND = 1, 2, 3
 MODEL_TYPE, SPACE_AS_SUFFIX, UNKNOWN_ID, BOS_ID, EOS_ID = 3, 24, 40, 41, 42
 CHARACTER_MAP, DUMMY_PREFIX, SQUEEZE_SPACES, ESCAPE_SPACES = 2, 3, 4, 5
+
+PIECE_FIELDS = frozenset((TEXT, SCORE, KIND))
+TRAINER_FIELDS = frozenset((MODEL_TYPE, SPACE_AS_SUFFIX, UNKNOWN_ID, BOS_ID, EOS_ID))
+NORMALIZER_FIELDS = frozenset((CHARACTER_MAP, DUMMY_PREFIX, SQUEEZE_SPACES, ESCAPE_SPACES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +51,24 @@ def read_sentencepiece_model(data: bytes, file: str) -> SentencePieceModel:
     pieces: list[Piece] = []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
+    others = settings = 0
     for number, value in _fields(data, file):
-        match number, value:
-            case 1, bytes():
-                if len(pieces) == MAX_PIECES:
-                    raise BadModelFile(f"it has more than {MAX_PIECES:,} pieces: {CURE}", file=file)
-                pieces.append(_piece(dict(_fields(value, file)), len(pieces), file))
-            case 2, bytes():
-                trainer = dict(_fields(value, file))
-            case 3, bytes():
-                normalizer = dict(_fields(value, file))
+        if number == PIECES and isinstance(value, bytes):
+            if len(pieces) == MAX_PIECES:
+                raise BadModelFile(f"it has more than {MAX_PIECES:,} pieces: {CURE}", file=file)
+            pieces.append(_piece(_known(value, PIECE_FIELDS, MAX_PIECE_FIELDS, file), len(pieces), file))
+            continue
+        others += 1
+        if others > MAX_OTHER_FIELDS:
+            raise BadModelFile(f"it has more than {MAX_OTHER_FIELDS} fields beside its pieces: {CURE}", file=file)
+        if number in (TRAINER, NORMALIZER) and isinstance(value, bytes):
+            settings += 1
+            if settings > 2:               # the trainer's and the normalizer's
+                raise BadModelFile(f"it has its settings more than once: {CURE}", file=file)
+            if number == TRAINER:
+                trainer = _known(value, TRAINER_FIELDS, MAX_SETTING_FIELDS, file)
+            else:
+                normalizer = _known(value, NORMALIZER_FIELDS, MAX_SETTING_FIELDS, file)
     if not pieces:
         raise BadModelFile(f"it has no pieces, so it is no sentencepiece model: {CURE}", file=file)
     kind = _number(trainer, MODEL_TYPE, UNIGRAM)
@@ -94,6 +108,17 @@ def _token(fields: dict[int, int | bytes], number: int, default: int, count: int
     """An id; those that a model does not have are written as -1, here 2^64 - 1."""
     value = _number(fields, number, default)
     return value if value < count else None
+
+
+def _known(data: bytes, numbers: frozenset[int], most: int, file: str) -> dict[int, int | bytes]:
+    """The fields of a message that are in `numbers`, the last of each; a message has at most `most` fields."""
+    fields: dict[int, int | bytes] = {}
+    for count, (number, value) in enumerate(_fields(data, file)):
+        if count == most:
+            raise BadModelFile(f"one of its messages has more than {most:,} fields: {CURE}", file=file)
+        if number in numbers:
+            fields[number] = value
+    return fields
 
 
 def _fields(data: bytes, file: str) -> Iterator[tuple[int, int | bytes]]:

@@ -23,6 +23,7 @@ __all__ = ["read_folder_template", "read_folder_tokenizer"]
 
 CURE = "download the file again"
 MAX_TOKENIZER_BYTES = 64 << 20             # a vocabulary of 256k tokens with its merges takes 33 MB
+MAX_ALL_PIECES_BYTES = 64 << 20            # of all tokens together, after the decoder's replacements
 MAX_TEMPLATE_BYTES = 4 * MAX_SOURCE_CHARACTERS
 
 
@@ -88,8 +89,12 @@ def _from_json(path: Path, settings: TokenizerSettings, rows: int, end_ids: froz
     read.backend.add_special_tokens([AddedToken(text, normalized=False) for text in unmarked])
     special |= {text for text in ids if ids[text] in read.special}
     pieces = [b""] * rows
+    total = 0
     for text, token in ids.items():
         pieces[token] = text.encode("utf-8", "replace") if text in special else read.piece(text, token in read.added)
+        total += len(pieces[token])
+        if total > MAX_ALL_PIECES_BYTES:
+            raise BadModelFile(f"its tokens stand for more than {MAX_ALL_PIECES_BYTES:,} bytes: {CURE}", file=file)
     bos, eos = (ids.get(text) if text else None for text in (settings.bos, settings.eos))
     return Tokenizer(
         read.backend,

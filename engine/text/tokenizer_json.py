@@ -5,7 +5,7 @@ around a text) is read from the file's decoder and post-processor; a kind that i
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,13 @@ from tokenizers import models
 from engine.errors import BadModelFile, UnsupportedModel
 from engine.text.byte_alphabet import spelled_bytes
 from engine.text.sentencepiece import BYTE_PIECE
+from engine.text.tokenizer_bounds import MAX_CONTENT_CHARACTERS, check_charsmaps, check_growth, parts_of
 
 __all__ = ["TokenizerJson", "read_tokenizer_json"]
 
 CURE = "download the file again"
+MAX_PIECE_CHARACTERS = 1 << 16                  # of one token
+MAX_AROUND = 16                            # ids around a text; real files have one or two
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class TokenizerJson:
 
 def read_tokenizer_json(text: str, file: str) -> TokenizerJson:
     """Raises BadModelFile for what the library does not read, UnsupportedModel for a part that Rillet does not know."""
+    check_charsmaps(text, file)
     try:
         backend = TokenizerBackend.from_str(text)
         backend.no_truncation()            # some files carry what their training cut and filled
@@ -48,12 +52,14 @@ def read_tokenizer_json(text: str, file: str) -> TokenizerJson:
         added = backend.get_added_tokens_decoder()
         ids = backend.get_vocab()
         model, decoder, post_processor = backend.model, _state(backend.decoder), _state(backend.post_processor)
+        normalizer, pre_tokenizer = _state(backend.normalizer), _state(backend.pre_tokenizer)
     except Exception as error:             # tokenizers raises bare Exceptions
         raise BadModelFile(f"it is no tokenizer ({str(error)[:200]}): {CURE}", file=file) from error
     except BaseException as error:         # its Rust code panics on some contradictions
         if type(error).__name__ != "PanicException":
             raise
         raise BadModelFile(f"it contradicts itself: {CURE}", file=file) from None
+    check_growth(normalizer, pre_tokenizer, file)
     _check_model(model, ids, file)
     piece, drops = _decoder(decoder, file)
     prefix, suffix = _around(post_processor, file)
@@ -87,27 +93,18 @@ def _check_model(model: Any, ids: dict[str, int], file: str) -> None:
         raise UnsupportedModel(f"{file}: its model is {kind}, Rillet reads BPE and Unigram: take another model")
 
 
-def _parts(state: Any, key: str) -> Iterator[dict[str, Any]]:
-    """A part, or the parts of a sequence of them, however nested."""
-    if state is None:
-        return
-    if state["type"] != "Sequence":
-        yield state
-        return
-    for each in state[key]:
-        yield from _parts(each, key)
-
-
 def _decoder(state: Any, file: str) -> tuple[Callable[[str, bool], bytes], bool]:
     """(a token's text and whether it was added -> its bytes, whether the first space of a text is left out)"""
     bytewise, drops, replaced = False, False, []
-    for part in _parts(state, "decoders"):
+    for part in parts_of(state, "decoders", "decoder", file):
         match part:
             case {"type": "ByteLevel"}:
                 return _spelled, False
             case {"type": "ByteFallback"}:
                 bytewise = True
-            case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)} if pattern:
+            case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)} if (
+                pattern and len(content) <= MAX_CONTENT_CHARACTERS
+            ):
                 replaced.append((pattern, content))
             case {"type": "Metaspace", "replacement": str(replacement), "prepend_scheme": str(scheme)}:
                 replaced.append((replacement, " "))
@@ -128,6 +125,9 @@ def _decoder(state: Any, file: str) -> tuple[Callable[[str, bool], bytes], bool]
             return bytes([int(match[1], 16)])
         for pattern, content in replaced:
             text = text.replace(pattern, content)
+            if len(text) > MAX_PIECE_CHARACTERS:
+                raise BadModelFile(f"its decoder makes a token of {len(text):,} characters, {MAX_PIECE_CHARACTERS:,} are "
+                                   f"allowed: {CURE}", file=file)
         return text.encode("utf-8", "replace")
 
     return piece, drops
@@ -141,7 +141,7 @@ def _around(state: Any, file: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(the ids before a text, those behind it)"""
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
-    for part in _parts(state, "processors"):
+    for part in parts_of(state, "processors", "post-processor", file):
         if part["type"] == "ByteLevel":    # only moves offsets
             continue
         if part["type"] != "TemplateProcessing":
@@ -158,5 +158,8 @@ def _around(state: Any, file: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
                     place.extend(part["special_tokens"][name]["ids"])
                 case _:
                     raise BadModelFile(f"its post-processor has {str(item)[:80]}: {CURE}", file=file)
+            if (count := len(prefix) + len(before) + len(behind) + len(suffix)) > MAX_AROUND:
+                raise BadModelFile(f"its post-processor puts {count:,} ids around a text, {MAX_AROUND} are allowed: {CURE}",
+                                   file=file)
         prefix, suffix = tuple(before) + prefix, suffix + tuple(behind)
     return prefix, suffix

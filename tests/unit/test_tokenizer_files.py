@@ -3,6 +3,7 @@
 The golden tokens come from tests/golden/make_tokenizers.py; a folder is a skeleton from there with its vocabulary put in.
 """
 
+import base64
 import json
 import time
 from pathlib import Path
@@ -167,6 +168,67 @@ def test_a_contradictory_tokenizer_is_a_damaged_file(tmp_path: Path, changes: di
     with pytest.raises(BadModelFile, match=words) as caught:
         read(write(tmp_path, "qwen2", **changes))
     assert caught.value.file.endswith("tokenizer.json")
+
+
+def replace(pattern: str, content: str) -> dict:
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+SPELL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+GROWING: list[dict] = [
+    {"normalizer": {"type": "Sequence", "normalizers": [replace("a", "aaa")] * 3}},
+    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [replace("a", "aa")]}] * 3}},
+    {"normalizer": replace("a", "a" * 5)},
+    {"normalizer": replace("", "a" * 5)},
+    {"normalizer": replace("a" * 100, "b" * 65)},
+    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": ""}, "content": "x"}] * 3}},
+    {"normalizer": {"type": "Prepend", "prepend": "x" * 5}},
+    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 17}},
+    {"normalizer": {"type": "ByteLevel"}},
+    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPELL] * 2}},
+]
+
+
+@pytest.mark.parametrize("changes", GROWING, ids=range(len(GROWING)))
+def test_a_tokenizer_that_makes_texts_much_longer_is_refused(tmp_path: Path, changes: dict) -> None:
+    with pytest.raises(UnsupportedModel, match=r"much longer|more than 16 parts|ByteLevel 2 times"):
+        read(write(tmp_path, "qwen2", **changes))
+
+
+def test_a_decoder_that_makes_tokens_huge_is_refused(tmp_path: Path) -> None:
+    grown = {"type": "Sequence", "decoders": [replace("e", "e" * 10)] * 6}
+    with pytest.raises(BadModelFile, match="characters, 65,536 are allowed"):
+        read(write(tmp_path, "qwen2", decoder=grown))
+    with pytest.raises(UnsupportedModel, match="decoder"):
+        read(write(tmp_path, "qwen2", decoder=replace("e", "e" * 65)))
+
+
+def test_tokens_that_are_huge_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.text.tokenizer_files.MAX_ALL_PIECES_BYTES", 1000)
+    with pytest.raises(BadModelFile, match="more than 1,000 bytes"):
+        read(write(tmp_path, "qwen2"))
+
+
+def test_ids_around_a_text_are_few(tmp_path: Path) -> None:
+    one = {"SpecialToken": {"id": "x", "type_id": 0}}
+    many = {"type": "TemplateProcessing", "single": [one] * 100, "pair": [],
+            "special_tokens": {"x": {"id": "x", "ids": [1] * 10, "tokens": ["x"] * 10}}}
+    with pytest.raises(BadModelFile, match="20 ids around a text"):
+        read(write(tmp_path, "qwen2", post_processor=many))
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    (b"\xff" * 4, "announces 4,294,967,295"), (bytes(4) + b"x" * 65, "65 bytes long"),
+])
+def test_a_character_map_is_measured_before_it_is_read(tmp_path: Path, data: bytes, words: str) -> None:
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+    write(tmp_path, "qwen2", normalizer=charsmap)
+    with pytest.raises(BadModelFile, match=words):
+        read(tmp_path)
+    whole = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(whole.replace("precompiled", r"\u0070recompiled"))
+    with pytest.raises(BadModelFile, match=words):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"model": ' * 1000, "\ufeff{}"])

@@ -283,6 +283,24 @@ def test_a_model_file_that_maps_characters_or_cuts_words_is_refused() -> None:
             read_sentencepiece_model(piece(b"a") + extra, "m")
 
 
+def test_a_vocabulary_with_too_many_merges_is_refused() -> None:
+    tokens = ["<unk>", *("a" * length for length in range(1, 601))]          # 180 thousand merges of 72 million characters
+    kinds = [UNKNOWN, *[NORMAL] * 600]
+    with pytest.raises(BadModelFile, match="merges"):
+        from_gguf(tokens=tokens, scores=[0.0] * 601, token_type=kinds, bos_token_id=0, eos_token_id=0)
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    (field(7, 0) * 65, "64 fields beside"),
+    (field(1, field(7, 0) * 17), "16 fields"),
+    (field(2, field(7, 0) * 65_537), "65,536 fields"),
+    (field(2, b"") * 3, "settings more than once"),
+])
+def test_a_model_file_with_too_many_fields_is_refused(data: bytes, words: str) -> None:
+    with pytest.raises(BadModelFile, match=words):
+        read_sentencepiece_model(piece(b"a") + data, "m")
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     with suppress(BadModelFile, UnsupportedModel):
