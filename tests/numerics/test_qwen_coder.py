@@ -1,6 +1,6 @@
 """A second real model, of mixed storage types: Qwen2.5-Coder-0.5B Q4_K_M against llama.cpp at 200 positions.
 
-`sh ci/test full` downloads it (ci/qwen_model.py) and names it in RILLET_TEST_QWEN.
+`sh ci/test full` downloads it (ci/qwen_model.py) and names it in QWEN_TEST_MODEL.
 """
 
 import json
@@ -18,11 +18,11 @@ from engine.weights.checkpoint import Checkpoint, open_checkpoint
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "qwen_logits.json").read_text())
 TOKENS = GOLDEN["tokens"]
 PAGES = [7, 3, 9, 1, 12, 5, 8]
-FILE = os.environ.get("RILLET_TEST_QWEN", "")
+FILE = os.environ.get("QWEN_TEST_MODEL", "")
 
 pytestmark = [
     pytest.mark.full,
-    pytest.mark.skipif(not FILE, reason="RILLET_TEST_QWEN names no file: see ci/qwen_model.py"),
+    pytest.mark.skipif(not FILE, reason="QWEN_TEST_MODEL names no file: see ci/qwen_model.py"),
 ]
 
 
