@@ -9,7 +9,9 @@ import sys
 import tokenize
 from pathlib import Path
 
-CORE = ("api", "prompts", "stream", "core", "scheduler", "packing", "pages", "sequence", "step", "backend", "sampling")
+CORE = (
+    "api", "loading", "prompts", "stream", "core", "scheduler", "packing", "pages", "sequence", "step", "backend", "sampling",
+)
 LIMIT = 2000
 NO_CODE = frozenset(
     {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.ENCODING}

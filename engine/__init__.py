@@ -4,7 +4,7 @@
 """
 
 from engine.api import Embedding, Engine, Prompt
-from engine.config import EngineConfig, Flag, GenerationConfig, parse_environment, parse_flags
+from engine.config import EngineConfig, GenerationConfig
 from engine.errors import (
     BackendError,
     BadModelFile,
@@ -23,6 +23,7 @@ from engine.errors import (
     UnknownModel,
     UnsupportedModel,
 )
+from engine.flags import Flag, parse_environment, parse_flags
 from engine.metrics import Histogram, Metrics, Statistics
 from engine.sampling import SamplingParams
 from engine.sequence import Logprob, TokenLogprobs

@@ -1,18 +1,19 @@
 """Engine: the async facade. `stream` refuses before anything flows, `generate` reads to the end, leaving the block closes.
 
 Everything here runs on one event loop, asyncio or trio. Text work that may take long runs on worker threads; the device is
-driven by engine.core. Over 300 lines, because all that a caller may ask of an engine stands on one class.
+driven by engine.core; engine.loading makes what an engine runs on. Over 300 lines, because all that a caller may ask of an
+engine stands on one class.
 """
 
-import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from random import Random
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import anyio
 import anyio.abc
@@ -20,41 +21,30 @@ import anyio.to_thread
 import numpy as np
 from anyio.lowlevel import current_token
 
-from engine.backend import Backend, LoadOptions, Progress, create_backend
-from engine.config import EngineConfig, read_chat_template
-from engine.core import Core, DeviceThread, loop_caller
-from engine.errors import (
-    ConfigError,
-    EngineClosed,
-    InvalidRequest,
-    UnknownModel,
-    UnsupportedModel,
-)
+from engine.backend import Backend, Progress
+from engine.config import EngineConfig
+from engine.errors import ConfigError, EngineClosed, InvalidRequest, UnknownModel
+from engine.loading import Running, load
 from engine.metrics import Metrics, Statistics
 from engine.model.spec import ModelSpec
-from engine.pages import PagePool
-from engine.prompts import Prompt, PromptReader
+from engine.prompts import Prompt
 from engine.sampling import SamplingParams, merge
-from engine.scheduler import Limits, Scheduler
 from engine.sequence import Request, Sequence
 from engine.step import FloatArray
 from engine.stream import Mailbox, Result, Stream
 from engine.text.detokenizer import Detokenizer
 from engine.text.messages import Message
-from engine.text.template import RESERVED, ChatTemplate
+from engine.text.template import RESERVED
 from engine.text.tokenizer import Tokenizer
 from engine.weights.checkpoint import Checkpoint
-from engine.weights.open_model import open_model
+from engine.weights.hub import is_path
 
 if TYPE_CHECKING:
     from engine.synchronous import SynchronousEngine
 
 __all__ = ["Embedding", "Engine", "Prompt"]
 
-log = logging.getLogger("rillet")
-T = TypeVar("T")
 TEMPLATE_NAMES = RESERVED | {"self", "deadline_s"}        # what template_arguments cannot set
-DECODING_SHARE = 8                                       # a step that also decodes takes 1 / 8 of its tokens from prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +53,6 @@ class Embedding:
 
     vector: FloatArray
     prompt_tokens: int
-
-
-class _Running:
-    """What exists only while an engine runs: made whole by Engine.__aenter__, or not at all."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, backend: Backend, device: DeviceThread, scheduler: Scheduler, core: Core,
-        prompts: PromptReader, has_template: bool, on_loop: Callable[[Callable[[], object]], object],
-    ) -> None:  # fmt: skip
-        self.checkpoint = checkpoint
-        self.backend = backend
-        self.device = device
-        self.scheduler = scheduler
-        self.core = core
-        self.prompts = prompts
-        self.has_template = has_template
-        self.on_loop = on_loop
-        self.token = current_token()
-        self.scope = anyio.CancelScope()                 # of the loop
 
 
 class Engine:
@@ -129,7 +100,7 @@ class Engine:
         self._given_checkpoint = checkpoint
         self._numbers = count(1)
         self._random = Random(self.config.seed) if self.config.seed is not None else None  # noqa: S311 (no secret)
-        self._running: _Running | None = None
+        self._running: Running | None = None
         self._opened = False                             # or being opened
         self._closed = False
         self._group: anyio.abc.TaskGroup | None = None
@@ -140,28 +111,13 @@ class Engine:
         if self._opened or self._closed:
             raise EngineClosed("this engine was opened or closed already: make a new Engine")
         self._opened = True
-        config = self.config
-        device = DeviceThread()
-        backend = self._given_backend
         try:
-            if config.isq is not None:
-                message = f"--isq {config.isq}: quantizing while loading is not built yet"
-                raise ConfigError(f"{message}: use a GGUF file that is quantized already")
-            checkpoint = self._given_checkpoint
-            if checkpoint is None:
-                checkpoint = await anyio.to_thread.run_sync(open_model, config)
-            override = await anyio.to_thread.run_sync(read_chat_template, config)
-            template = _template(checkpoint, override)
-            if backend is None:
-                backend = await device.call(create_backend, config.backend)
-            running = await self._load(device, backend, checkpoint, template)
-            self._check_wanted()
+            running = await load(
+                self.config, self.metrics, self._report, self._check_wanted, backend=self._given_backend,
+                checkpoint=self._given_checkpoint,
+            )  # fmt: skip
         except BaseException:
             self._closed = True                          # what still loads on the device thread stops where it reports
-            if backend is not None:
-                device.stop_after(backend.close)
-            else:
-                device.stop()
             raise
         self._running = running
         self._group = anyio.create_task_group()
@@ -177,46 +133,6 @@ class Engine:
         """The progress of loading, called on the device thread; loading that nobody waits for any more ends here."""
         self._check_wanted()
         self._progress(what, done, total)
-
-    async def _load(
-        self, device: DeviceThread, backend: Backend, checkpoint: Checkpoint, template: ChatTemplate | None
-    ) -> _Running:
-        config, info, spec = self.config, backend.info, checkpoint.spec
-        if config.fp8_kvcache and "fp8_kvcache" not in info.supports:
-            raise ConfigError(f"the {info.name} backend has no 8-bit KV cache: leave --fp8-kvcache away")
-        context_length = _context_length(config, spec)
-        max_num_seqs = config.max_num_seqs or info.max_num_seqs
-        max_batch_tokens = config.max_batch_tokens or info.max_batch_tokens
-        if max_num_seqs > min(info.max_places, max_batch_tokens):
-            raise ConfigError(
-                f"max_num_seqs is {max_num_seqs}, but a step of the {info.name} backend has at most "
-                f"{min(info.max_places, max_batch_tokens)} rows: lower it, or raise --max-batch-tokens"
-            )
-        if max_batch_tokens > info.max_batch_tokens:
-            raise ConfigError(f"max_batch_tokens is {max_batch_tokens}, {info.name} takes at most {info.max_batch_tokens}")
-        spec = spec.at_context(context_length)
-        options = LoadOptions(
-            dtype=config.dtype, threads=config.threads, device_ids=config.device_ids, kv_fraction=config.kv_fraction,
-            fp8_kvcache=config.fp8_kvcache, context_length=context_length, max_num_seqs=max_num_seqs,
-        )  # fmt: skip
-        await device.call(backend.load, spec, checkpoint.tensors, options, self._report)
-        if checkpoint is not self._given_checkpoint:
-            checkpoint.close()                            # the backend has its weights
-        pages = await device.call(backend.allocate_cache, config.kv_bytes)
-        pool_tokens = pages * info.page_tokens
-        if pool_tokens < context_length and config.max_model_len is not None:
-            log.warning("the KV cache holds %d tokens, less than the context length of %d", pool_tokens, context_length)
-        context_length = min(context_length, pool_tokens)
-        limits = Limits(
-            max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens, max_places=info.max_places,
-            context_length=context_length, beside_decoding=max(info.page_tokens, max_batch_tokens // DECODING_SHARE),
-        )  # fmt: skip
-        scheduler = Scheduler(PagePool(pages, info.page_tokens), limits)
-        core = Core(
-            backend, device, scheduler, self.metrics, most=config.max_waiting, lookahead=config.lookahead
-        )
-        prompts = PromptReader(checkpoint, template, context_length)
-        return _Running(checkpoint, backend, device, scheduler, core, prompts, template is not None, loop_caller())
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -245,13 +161,13 @@ class Engine:
                 running.device.stop()
 
     @property
-    def _live(self) -> _Running:
+    def _live(self) -> Running:
         if self._running is None:
             raise EngineClosed("the engine is not open: use `async with Engine(...) as engine:`")
         return self._running
 
     @property
-    def _here(self) -> _Running:
+    def _here(self) -> Running:
         if current_token() != self._live.token:
             raise EngineClosed("the engine is open on another event loop: use it there, or open one here")
         return self._live
@@ -406,12 +322,18 @@ class Engine:
     @property
     def model_name(self) -> str:
         """The name under which the model is served."""
-        return self.config.served_model_name or self.config.model_id or self._live.checkpoint.name
+        return self.config.served_model_name or self._hub_id or self._live.checkpoint.name
+
+    @cached_property
+    def _hub_id(self) -> str | None:
+        """model_id, unless it is a path on this disk, which is nobody's business."""
+        wanted = self.config.model_id
+        return None if wanted is None or is_path(wanted) else wanted
 
     @property
     def model_names(self) -> tuple[str, ...]:
         """Every name that a request may call the model by."""
-        own = (self.model_name, self.config.model_id, self._live.checkpoint.name)
+        own = (self.model_name, self._hub_id, self._live.checkpoint.name)
         names = [name for name in own if name]
         return tuple(dict.fromkeys([*names, *(name.rsplit("/", 1)[-1] for name in names), "default"]))
 
@@ -441,7 +363,7 @@ class Engine:
         )
 
 
-async def _run(running: _Running) -> None:
+async def _run(running: Running) -> None:
     """The loop in a scope of its own: ending it must not cancel the block that the engine is used in."""
     with running.scope:
         await running.core.run()
@@ -453,14 +375,6 @@ def check_config(config: object) -> None:
         raise ConfigError(f"Engine takes an EngineConfig, not {config!r:.80}: write EngineConfig(weight_file=...)")
 
 
-def _template(checkpoint: Checkpoint, override: str | None) -> ChatTemplate | None:
-    if override is None:
-        return checkpoint.template
-    tokenizer = checkpoint.tokenizer
-    bos = tokenizer.token_text(tokenizer.bos_id) if tokenizer.bos_id is not None else ""
-    return ChatTemplate(override, bos_token=bos, eos_token="")
-
-
 def _check_template_arguments(tools: object, arguments: object) -> None:
     if tools is not None and not isinstance(tools, list | tuple):
         raise InvalidRequest(f"tools must be a list, not {repr(tools)[:40]}", field="tools")
@@ -469,14 +383,3 @@ def _check_template_arguments(tools: object, arguments: object) -> None:
         raise InvalidRequest(message, field="template_arguments")
     if clash := arguments.keys() & TEMPLATE_NAMES:
         raise InvalidRequest(f"{min(clash)!r} cannot be given to the template: leave it out", field="template_arguments")
-
-
-def _context_length(config: EngineConfig, spec: ModelSpec) -> int:
-    wanted = config.max_model_len
-    if wanted is not None and wanted > spec.context_length:
-        raise ConfigError(
-            f"max_model_len is {wanted:,}, the model was made for {spec.context_length:,}: lower --max-model-len"
-        )
-    if spec.vocabulary_size < 2:
-        raise UnsupportedModel(f"a vocabulary of {spec.vocabulary_size} cannot be sampled")
-    return wanted or spec.context_length

@@ -12,10 +12,11 @@ import anyio
 import anyio.to_thread
 
 from engine.api import Engine
-from engine.config import EngineConfig, Flag, parse_flags
+from engine.config import EngineConfig
 from engine.console import LOG_FLAGS, exit_code, log_to_stderr, opened, speak_utf8
 from engine.conversation import Conversation, clean
 from engine.errors import ConfigError
+from engine.flags import Flag, parse_flags
 from engine.sampling import SamplingParams
 
 __all__ = ["SAMPLING", "answer_lines", "chat_sampling", "main"]

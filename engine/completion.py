@@ -14,10 +14,11 @@ import anyio
 from engine.api import Engine
 from engine.batch import Answer, answer_all
 from engine.chat import chat_sampling
-from engine.config import EngineConfig, Flag, parse_flags
+from engine.config import EngineConfig
 from engine.console import LOG_FLAGS, exit_code, log_to_stderr, opened, speak_utf8
 from engine.conversation import clean
 from engine.errors import ConfigError
+from engine.flags import Flag, parse_flags
 from engine.prompts import Prompt
 from engine.sampling import SamplingParams
 from engine.stream import Delta

@@ -13,9 +13,10 @@ from io import TextIOWrapper
 from typing import Any, NoReturn, Protocol
 
 from engine.api import Engine
-from engine.config import EngineConfig, Flag
+from engine.config import EngineConfig
 from engine.conversation import clean, on_interrupt
 from engine.errors import ConfigError, RilletError
+from engine.flags import Flag
 
 __all__ = ["LOG_FLAGS", "exit_code", "log_to_stderr", "opened", "speak_utf8"]
 

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from engine.config import FLAGS, EngineConfig, Flag
+from engine.config import EngineConfig
 from engine.conversation import clean
 from engine.errors import ConfigError, ModelNotFound, RilletError
+from engine.flags import FLAGS, Flag
 
 __all__ = ["COMMANDS", "HELP"]
 
@@ -83,13 +84,15 @@ def _show(arguments: Sequence[str]) -> None:
 
 def _remove(arguments: Sequence[str]) -> None:
     from engine.model_card import size_text
-    from engine.weights.hub import is_path, split_tag
+    from engine.weights.hub import DEMO_WHEEL, demo_model, is_path, split_tag
     from engine.weights.models import plan_removal
 
     yes = Flag("yes", "yes", bool, "do not ask")
     given = _parse("remove", arguments, "model-source", own=(yes,))
     if is_path(given["model_id"]):
         raise ConfigError(f"{given['model_id']} is a path: delete it yourself, remove is for the hubs' caches")
+    if (demo := demo_model()) is not None and given["model_id"] in (demo.name, demo.stem):
+        raise ConfigError(f"{given['model_id']} is the demo model, an installed package: pip uninstall {DEMO_WHEEL}")
     removal = plan_removal(*split_tag(given["model_id"]), _config(given).model_source)
     count = "1 file" if removal.files == 1 else f"{removal.files} files"
     what = clean(f"{removal.name} ({count}, {size_text(removal.size_bytes)})")

@@ -30,8 +30,9 @@ from engine.bench.session import session_figures
 from engine.bench.synthetic import synthetic_checkpoint
 from engine.bench.tables import TABLES
 from engine.bench.workloads import WORKLOADS, Rates, Workload, workload
-from engine.config import EngineConfig, Flag, parse_flags
+from engine.config import EngineConfig
 from engine.errors import ConfigError, RilletError
+from engine.flags import Flag, parse_flags
 from engine.model.spec import Dense, Mixture, ModelSpec
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.open_model import open_model

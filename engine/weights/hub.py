@@ -168,7 +168,7 @@ def _existing(path: Path) -> Path:
     except OSError as error:
         raise ModelNotFound(f"{path} cannot be read ({error.strerror}): check the path and its rights") from None
     if not there:
-        raise ModelNotFound(f"{path}: no such file: check the path, or name its hub repository with --m to download it")
+        raise ModelNotFound(f"{path}: no such file: check the path, or write a hub repository as owner/name")
     return path
 
 

@@ -15,7 +15,6 @@ from engine.weights.repository import safe_names
 
 __all__ = ["HuggingFaceRepository"]
 
-NOT_CACHED = "it is not in the cache, and no hub is asked: bring it with `rillet pull`, and without HF_HUB_OFFLINE"
 AT_ONCE = 4                                              # downloads
 log = logging.getLogger("rillet")
 
@@ -36,6 +35,7 @@ class HuggingFaceRepository:
         self.revision = revision
         self.offline = offline or bool(constants.HF_HUB_OFFLINE)
         self._token = None if token is None else _checked(token)
+        self._asked = False                              # names() has found the hub in reach
         self._where = model_id + (f" at revision {revision}" if revision else "")
 
     def names(self) -> tuple[str, ...]:
@@ -55,10 +55,13 @@ class HuggingFaceRepository:
             log.warning("%s: taking it from the cache, the hub does not give it (%s)", self.model_id, type(error).__name__)
             self.offline = True
             return _names_in(self._cached)
+        self._asked = True
         return tuple(file.rfilename for file in info.siblings or ())
 
     def fetch(self, names: Sequence[str]) -> Path:
         """Bring the files into the cache, those that are there already without a download. The snapshot's folder."""
+        if not self._asked:
+            self.names()                   # asks once; a download would ask an unreachable hub for half a minute
         if self.offline:
             return self._complete(self._snapshot(), names)
         try:
@@ -114,7 +117,10 @@ class HuggingFaceRepository:
 
     def _snapshot(self) -> Path:
         if (folder := self._cached) is None or not folder.is_dir():
-            raise ModelNotFound(f"{self._where}: {NOT_CACHED}")
+            from huggingface_hub import constants
+
+            how = "bring it with `rillet pull`" + (", without HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "")
+            raise ModelNotFound(f"{self._where}: it is not in the cache, and no hub is asked: {how}")
         return folder
 
     def _failure(self, error: Exception, file: str | None = None) -> ModelNotFound:

@@ -95,7 +95,7 @@ def test_one_file_by_its_name_brings_this_file_alone(hub: LoopbackHub, rillet: C
     assert path.read_bytes() == tiny["tiny-Q8_0.gguf"]
     assert path.parts[-2:] == ("deep", "tiny-Q8_0.gguf")
     assert rillet.cached() == {"tiny-Q8_0.gguf"}
-    assert not hub.asked("/api/models/"), "no list is needed"
+    assert len(hub.asked("/api/models/")) == 1, "the one question whether the hub is in reach"
 
 
 def test_a_tag_is_a_quantization_and_the_cache_alone_knows_it_again(

@@ -15,7 +15,7 @@ import pytest
 from engine import Engine, EngineConfig, Message, chat, cli, completion
 from engine.batch import Answer
 from engine.completion import BATCH_PROMPT, _InOrder, _Live, performance
-from engine.config import parse_flags
+from engine.flags import parse_flags
 from engine.stream import Delta
 from engine.vllm_rs import with_command
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from engine import Engine
-from engine.config import FLAGS, EngineConfig, Flag, GenerationConfig, parse_environment, parse_flags, read_hf_token
+from engine.config import EngineConfig, GenerationConfig, read_hf_token
 from engine.errors import ConfigError
+from engine.flags import FLAGS, Flag, parse_environment, parse_flags
 
 VALUES: dict[type, tuple[str, object]] = {
     str: ("text", "text"), int: ("7", 7), float: ("0.5", 0.5), bool: ("1", True), tuple: ("0,1", (0, 1)),

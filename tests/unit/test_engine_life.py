@@ -2,14 +2,18 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import anyio
+import anyio.lowlevel
+import anyio.to_thread
 import pytest
 
-from engine import ConfigError, Engine, EngineClosed, EngineConfig, InvalidRequest, Message
+from engine import ConfigError, Engine, EngineClosed, EngineConfig, InvalidRequest, Message, UnknownModel
 from engine.backend import LoadOptions, Progress
 from engine.model.spec import ModelSpec
 from engine.weights.checkpoint import Checkpoint
+from engine.weights.open_model import open_model
 from engine.weights.tensors import TensorSource
 from tests.support.toy import ToyBackend
 
@@ -153,3 +157,53 @@ async def test_tokens_are_counted_when_a_request_gets_them(toy: Opener, lookahea
         ]
         total = sum(result.usage.completion_tokens for result in results)
         assert engine.metrics.generation_tokens_total == total
+
+
+class FailingLoading(ToyBackend):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.ended = threading.Event()
+
+    def load(self, spec: ModelSpec, tensors: TensorSource, options: LoadOptions, progress: Progress) -> None:
+        raise MemoryError("no room")
+
+    def close(self) -> None:
+        self.ended.set()
+
+
+@pytest.mark.parametrize("backend", [ToyBackend, FailingLoading])
+async def test_the_model_s_files_are_closed_when_it_is_loaded_and_when_loading_fails(
+    backend: type[ToyBackend], tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Checkpoint] = []
+
+    def spy(config: EngineConfig) -> Checkpoint:
+        opened.append(open_model(config))
+        assert list(opened[0].tensors.names())
+        return opened[0]
+
+    monkeypatch.setattr("engine.loading.open_model", spy)
+    made = backend()
+    engine = Engine(EngineConfig(weight_file=str(tiny_path)), backend=made)
+    if isinstance(made, FailingLoading):
+        with pytest.raises(MemoryError, match="no room"):
+            await engine.__aenter__()
+        assert await anyio.to_thread.run_sync(made.ended.wait, 20)
+        await until(lambda: not list(opened[0].tensors.names()))         # right after the backend, on its thread
+    else:
+        async with engine:
+            assert not list(opened[0].tensors.names())
+
+
+async def until(true: Callable[[], bool]) -> None:
+    with anyio.fail_after(20):
+        while not true():
+            await anyio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("flag", ["model_id", "weight_file"])
+async def test_a_path_on_this_disk_is_no_name_of_the_model(flag: str, tiny_path: Path) -> None:
+    async with Engine(EngineConfig(**{flag: str(tiny_path)}), backend=ToyBackend()) as engine:
+        assert engine.model_names == ("tiny", "default")
+        with pytest.raises(UnknownModel):
+            engine.check_model(str(tiny_path))

@@ -4,6 +4,7 @@ Downloads themselves are tested over sockets (tests/http/test_hub_loopback.py); 
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import huggingface_hub
@@ -18,7 +19,10 @@ from tests.support.tiny_gguf import write_tiny_gguf
 
 
 class Downloads:
-    """Stands for hf_hub_download: remembers what was asked, gives a path in `cache` or raises `error`."""
+    """Stands for hf_hub_download: remembers what was asked, gives a path in `cache` or raises `error`.
+
+    And for HfApi, whose model_info finds the hub in reach.
+    """
 
     def __init__(self, cache: Path) -> None:
         self.cache = self.folder = cache
@@ -32,12 +36,16 @@ class Downloads:
         self.folder = self.cache / f"models--{repository.replace('/', '--')}" / "snapshots" / ("0" * 40)
         return str(self.folder / file)
 
+    def model_info(self, _repository: str, **_options: object) -> SimpleNamespace:
+        return SimpleNamespace(siblings=())
+
 
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Downloads:
     fake = Downloads(tmp_path / "hub")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(fake.cache))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token=None: fake)
     return fake
 
 

