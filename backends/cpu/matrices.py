@@ -1,50 +1,26 @@
-"""Matrices as they rest in memory: lanes, planes, grids, dense lanes. packing.py makes them, ops.py multiplies by them.
+"""Matrices as they rest in memory: planes, grids, dense lanes. packing.py makes them, ops.py multiplies by them.
 
 Every quantized type rests at about its own size, exactly (docs/storage-types.md). What they all have: rows, nbytes, take.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.cpu.kernels.grid_blocks import Kind
+from backends.cpu.kernels import grid_blocks
+from backends.cpu.kernels.integer import COLUMNS, MATRIX, TILE, Kind, function_of
 from backends.cpu.kernels.jit import LANES
 from backends.cpu.kernels.planes import Codebook
 from engine.weights.tensors import RawTensor, StorageType, to_float32
 
-__all__ = ["DenseArray", "DenseMatrix", "Grid", "Lanes", "Matrix", "Planes"]
+__all__ = ["DenseArray", "DenseMatrix", "Grid", "Matrix", "Planes"]
 
 FloatArray = NDArray[np.float32]
+ScaleArray = NDArray[Any]                        # float32, or the bits of float16
 DenseArray = FloatArray | NDArray[np.uint16] | NDArray[np.int16]
-
-
-@dataclass(frozen=True, slots=True)
-class Lanes:
-    """A matrix in 4 or 8 bits: w = (q / 2^bits - 1/2) scale, or q / 2^bits scale + minimum where there are minima."""
-
-    rows: int
-    bits: int
-    words: NDArray[np.uint32]       # (rows / 32, columns * bits / 32, 32)
-    scale: FloatArray               # (rows / 32, groups, 32)
-    minimum: FloatArray             # the same, or (0, 0, 0)
-
-    @property
-    def nbytes(self) -> int:
-        return self.words.nbytes + self.scale.nbytes + self.minimum.nbytes
-
-    def take(self, rows: NDArray[np.int32]) -> FloatArray:
-        """Some rows as float32: what an embedding looks up."""
-        block, lane = rows // LANES, rows % LANES
-        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
-        q = (self.words[block, :, lane][:, :, None] >> shifts) & np.uint32(2**self.bits - 1)
-        scale = self.scale[block, :, lane][:, :, None]
-        parts = q.reshape(len(rows), scale.shape[1], -1) * np.float32(2.0**-self.bits)     # (n, groups, columns of a group)
-        if len(self.minimum):
-            values = parts * scale + self.minimum[block, :, lane][:, :, None]
-        else:
-            values = (parts - np.float32(0.5)) * scale
-        return values.reshape(len(rows), -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +42,9 @@ class DenseMatrix:
         return (chosen.view(np.float16) if chosen.dtype == np.int16 else chosen).astype(np.float32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Planes:
-    """A matrix in 2 to 6 bits, see kernels/planes.py; a plane or a codebook that it does not have is None."""
+    """A matrix in 2 to 8 bits, see kernels/planes.py; a plane or a codebook that it does not have is None."""
 
     rows: int
     group: int                              # columns of a group
@@ -77,10 +53,51 @@ class Planes:
     high: NDArray[np.uint32] | None
     high_bits: int
     codebook: Codebook                      # 16 bytes in four words
-    scale: FloatArray                       # (rows / 32, groups or blocks, 32)
-    minimum: FloatArray                     # the same, or (0, 0, 0)
+    unit: float                             # what a scale is of one step of a weight
+    scale: ScaleArray                       # (rows / 32, groups or blocks, 32)
+    minimum: ScaleArray                     # the same, or (0, 0, 0)
     fine: NDArray[np.uint32]                # (rows / 32, groups / 4, 32): int8 + 128; or (0, 0, 0)
     fine_minimum: NDArray[np.uint32]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it has one plane of 4 or 8 bits, with scales and perhaps minima, and nothing else."""
+        beside = self.high is not None or self.codebook is not None or len(self.fine) > 0
+        return not beside and self.low_bits in (4, 8) and self.group == 32 and self.scale.shape[1] * 32 == self.columns
+
+    @property
+    def factor(self) -> float:
+        """What a scale is of 2^bits, or of 256 where bytes are looked up."""
+        return self.unit * (256 if self.codebook is not None else 2 ** (self.low_bits + self.high_bits))
+
+    @property
+    def columns(self) -> int:
+        return 32 // self.low_bits * int(self.low.shape[1])
+
+    @cached_property
+    def described(self) -> NDArray[np.void]:
+        """As integer.products takes it: one MATRIX that points into these arrays."""
+        kind = Kind(
+            self.low_bits, self.high_bits, int(self.codebook is not None), int(self.scale.dtype == np.int16),
+            round(self.factor), int(len(self.minimum) > 0), int(len(self.fine) > 0), self.group,
+            self.columns // self.scale.shape[1],
+        )  # fmt: skip
+        here = np.zeros(1, MATRIX)
+        here["one"], here["many"] = function_of(kind, 1).address, function_of(kind, TILE).address
+        for name in ("low", "high", "scale", "minimum", "fine", "fine_minimum"):
+            array = getattr(self, name)
+            here[name] = 0 if array is None else array.ctypes.data
+        here["low_stride"], here["scale_stride"] = self.low[:1].nbytes, self.scale[:1].nbytes
+        here["high_stride"] = 0 if self.high is None else self.high[:1].nbytes
+        here["minimum_stride"], here["fine_stride"] = self.minimum[:1].nbytes, self.fine[:1].nbytes
+        here["table"] = 0 if self.table is None else self.table.ctypes.data
+        here["rows"], here["blocks"], here["records"] = self.rows, len(self.low), self.columns // COLUMNS
+        return here
+
+    @cached_property
+    def table(self) -> NDArray[np.uint32] | None:
+        """The codebook, once for each 16 bytes of a vector."""
+        return None if self.codebook is None else np.tile(np.array(self.codebook, np.uint32), 4)
 
     @property
     def nbytes(self) -> int:
@@ -90,19 +107,17 @@ class Planes:
     def take(self, rows: NDArray[np.int32]) -> FloatArray:
         """Some rows as float32: what an embedding looks up."""
         q = integers(self.low, self.low_bits, rows)
-        bits = self.low_bits
         if self.high is not None:
-            q = q | integers(self.high, self.high_bits, rows) << bits
-            bits += self.high_bits
+            q = q | integers(self.high, self.high_bits, rows) << self.low_bits
         if self.codebook is not None:
-            q, bits = np.array(self.codebook, np.uint32).view(np.uint8)[q], 8
+            q = np.array(self.codebook, np.uint32).view(np.uint8)[q]
         groups = q.shape[1] // self.group
-        parts = q.reshape(len(rows), groups, self.group) * np.float32(2.0**-bits)
+        parts = q.reshape(len(rows), groups, self.group) * np.float32(self.unit)
         scale = group_values(self.scale, self.fine, rows, groups)
         if len(self.minimum):
             values = parts * scale + group_values(self.minimum, self.fine_minimum, rows, groups)
         else:
-            values = (parts - np.float32(0.5)) * scale
+            values = (parts - np.float32(self.factor / 2)) * scale
         return values.reshape(len(rows), -1)
 
 
@@ -112,7 +127,7 @@ class Grid:
 
     rows: int
     storage: StorageType
-    kind: Kind
+    kind: grid_blocks.Kind
     blocks: NDArray[np.uint8]               # (rows / 32, row bytes, 32)
 
     @property
@@ -126,7 +141,7 @@ class Grid:
         return to_float32(RawTensor("rows", (len(rows), columns), self.storage, chosen.reshape(-1), "memory"))
 
 
-Matrix = Lanes | Planes | Grid | DenseMatrix
+Matrix = Planes | Grid | DenseMatrix
 
 
 def integers(words: NDArray[np.uint32], bits: int, rows: NDArray[np.int32]) -> NDArray[np.integer]:
@@ -137,11 +152,15 @@ def integers(words: NDArray[np.uint32], bits: int, rows: NDArray[np.int32]) -> N
 
 
 def group_values(
-    coarse: FloatArray, fine: NDArray[np.uint32], rows: NDArray[np.int32], groups: int
+    coarse: ScaleArray, fine: NDArray[np.uint32], rows: NDArray[np.int32], groups: int
 ) -> FloatArray:
     """The scales (or minima) of the groups of some rows, (n, groups, 1)."""
     block, lane = rows // LANES, rows % LANES
-    values = np.repeat(coarse[block, :, lane], groups // coarse.shape[1], axis=1)
+    chosen = coarse[block, :, lane]
+    if chosen.dtype == np.int16:
+        chosen = np.ascontiguousarray(chosen).view(np.float16)
+    exact: FloatArray = chosen.astype(np.float32)
+    values = np.repeat(exact, groups // coarse.shape[1], axis=1)
     if len(fine):
         signed = np.ascontiguousarray(fine[block, :, lane]).view(np.uint8).astype(np.float32) - np.float32(128)
         values = values * signed

@@ -38,7 +38,7 @@ def feed(ops: Ops, x: Rows, spec: Mixture, w: MixtureWeights) -> Rows:
     for expert, start, stop in zip(chosen.tolist(), starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
         group = tokens[start:stop]
         inputs = ops.rows("expert_inputs", len(group), x.values.shape[1])
-        kernels.gather(x.values, x.sums, group, inputs.values, inputs.sums)
+        kernels.gather(x.values, x.groups, group, inputs.values, inputs.groups)
         answer = gated_feed(ops, inputs, w.experts[expert], spec.activation, "expert")
         kernels.add_weighed(answer.values, by_share[start:stop], group, total.values)
     if w.shared is not None and w.shared_router is not None:

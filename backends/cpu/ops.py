@@ -1,6 +1,6 @@
 """The operations of a forward pass, under the names that papers use. model.py calls them; they call the kernels.
 
-Rows are the activations of a step: values and, for the quantized kernels, their sums over 16 columns. The arrays come
+Rows are the activations of a step: values and, for the quantized kernels, what groups.py prepares. The arrays come
 from a workspace that is kept from step to step and has room for a whole tile of tokens.
 """
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.cpu.kernels import attention, elementwise, grids, linear, planes
-from backends.cpu.kernels.arithmetic import GROUP
+from backends.cpu.kernels import attention, elementwise, grids, integer, linear, planes
+from backends.cpu.kernels.groups import SPAN, Groups, make_groups, prepare_rows
 from backends.cpu.kernels.position import rotate_and_write
-from backends.cpu.matrices import DenseMatrix, Grid, Lanes, Matrix, Planes
+from backends.cpu.kernels.vectors import has_byte_products
+from backends.cpu.matrices import DenseMatrix, Grid, Matrix, Planes
 from backends.cpu.weights import LayerWeights, Stack
 from engine.model.spec import Activation, Attention
 
@@ -27,7 +28,7 @@ class Rows:
     """Activations: the first `tokens` rows of values count, the rest is room for a whole tile."""
 
     values: FloatArray     # (T rounded up, columns)
-    sums: FloatArray       # (T rounded up, columns / 16)
+    groups: Groups         # see groups.py: digits where the machine multiplies bytes, else sums
     tokens: int
 
 
@@ -63,23 +64,25 @@ class StepShape:
 class Ops:
     """Operations and the memory that they write to. A result is valid until the operation of the same name runs again."""
 
-    def __init__(self, workers: int, epsilon: float) -> None:
+    def __init__(self, workers: int, epsilon: float, *, integer: bool | None = None) -> None:
+        """integer: whether quantized products are of integers; None: if this machine has the instructions."""
         self.workers = workers
+        self.integer = has_byte_products() if integer is None else integer
         self.epsilon = np.float32(epsilon)
         self.workspace: dict[str, Rows] = {}
 
     @property
     def nbytes(self) -> int:
-        return sum(rows.values.nbytes + rows.sums.nbytes for rows in self.workspace.values())
+        return sum(rows.values.nbytes + rows.groups.nbytes for rows in self.workspace.values())
 
     def rows(self, name: str, tokens: int, columns: int) -> Rows:
         """Rows of the workspace, at least as many as asked for; made anew when they are too small."""
         rows = self.workspace.get(name)
         if rows is None or len(rows.values) < tokens or rows.values.shape[1] != columns:
             room = -(-tokens // linear.TILE) * linear.TILE
-            rows = Rows(np.zeros((room, columns), np.float32), np.zeros((room, columns // GROUP), np.float32), tokens)
+            rows = Rows(np.zeros((room, columns), np.float32), make_groups(room, columns, integer=self.integer), tokens)
         if rows.tokens != tokens:
-            rows = Rows(rows.values, rows.sums, tokens)
+            rows = Rows(rows.values, rows.groups, tokens)
         self.workspace[name] = rows
         return rows
 
@@ -90,7 +93,7 @@ class Ops:
 
     def rms_norm(self, x: Rows, weight: FloatArray, name: str = "rms_norm") -> Rows:
         out = self.rows(name, x.tokens, x.values.shape[1])
-        elementwise.rms_norm(x.values, weight, self.epsilon, out.values, out.sums, x.tokens)
+        elementwise.rms_norm(x.values, weight, self.epsilon, out.values, out.groups, x.tokens)
         return out
 
     def linear(self, x: Rows, stack: Stack, name: str) -> Rows:
@@ -119,7 +122,7 @@ class Ops:
     def gated(self, gate_up: Rows, activation: Activation, name: str = "gated") -> Rows:
         """activation(gate) * up"""
         out = self.rows(name, gate_up.tokens, gate_up.values.shape[1] // 2)
-        elementwise.gated(gate_up.values, activation == "silu", out.values, out.sums, out.tokens)
+        elementwise.gated(gate_up.values, activation == "silu", out.values, out.groups, out.tokens)
         return out
 
     def rotate(self, qkv: Rows, layer: int, spec: Attention, weights: LayerWeights, cache: Cache, at: StepShape) -> None:
@@ -134,23 +137,25 @@ class Ops:
         out = self.rows("attention", qkv.tokens, spec.heads * spec.head_size)
         attention.attend(
             qkv.values, cache.keys, cache.values, layer, at.blocks, at.tables, np.float32(spec.scale),
-            spec.sliding_window or 0, np.float32(spec.soft_cap or 0), self.workers, out.values, out.sums,
+            spec.sliding_window or 0, np.float32(spec.soft_cap or 0), self.workers, out.values, out.groups,
         )  # fmt: skip
-        if spec.head_size % GROUP:
-            elementwise.sum_groups(out.values, out.sums, out.tokens)
+        if spec.heads // spec.kv_heads * spec.head_size % SPAN:
+            prepare_rows(out.values, out.groups, out.tokens)
         return out
 
 
 def apply_matrix(x: Rows, matrix: Matrix, out: FloatArray, first: int, *, add: bool) -> None:
     """Write (or add) x W^T to the columns of `out` from `first` on."""
     match matrix:
-        case Lanes(rows=rows, words=words, scale=scale, minimum=minimum):
-            linear.lanes(x.values, x.sums, words, scale, minimum, rows, out, first, add, x.tokens)
+        case Planes() if x.groups.ndim == 3:
+            integer.products(matrix.described, x.groups, out, first, add, x.tokens)
+        case Planes(rows=rows, low=words, scale=scale, minimum=minimum) if matrix.plain:
+            linear.lanes(x.values, x.groups, words, scale, minimum, rows, out, first, add, x.tokens)
         case Planes():
             m = matrix
             planes.planes(
-                x.values, x.sums, m.low, m.low_bits, m.high, m.high_bits, m.codebook, m.scale, m.minimum, m.fine,
-                m.fine_minimum, m.group, m.rows, out, first, add, x.tokens,
+                x.values, x.groups, m.low, m.low_bits, m.high, m.high_bits, m.codebook, m.scale, m.minimum,
+                np.float32(m.factor), m.fine, m.fine_minimum, m.group, m.rows, out, first, add, x.tokens,
             )  # fmt: skip
         case Grid(rows=rows, kind=kind, blocks=blocks, storage=storage):
             grids.grids(x.values, kind, blocks, storage.bytes, rows, out, first, add, x.tokens)

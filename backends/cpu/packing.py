@@ -4,45 +4,48 @@ One rule for every storage type: an exact repack at about its own size if it is 
 a view of the file.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from backends.cpu.kernels import repack
 from backends.cpu.kernels.grid_blocks import KINDS, grid_kind
 from backends.cpu.kernels.jit import LANES
 from backends.cpu.kernels.planes import FINE
 from backends.cpu.kernels.unpack import FORMATS, codebook_of
-from backends.cpu.matrices import DenseArray, DenseMatrix, Grid, Lanes, Matrix, Planes
+from backends.cpu.matrices import DenseArray, DenseMatrix, Grid, Matrix, Planes
 from engine.weights.tensors import STORAGE, RawTensor, StorageType, to_float32
 
 __all__ = ["DENSE", "PACKINGS", "pack"]
 
 FloatArray = NDArray[np.float32]
+Halves = NDArray[np.int16]
 WIDEN_BYTES = 64 << 20    # float32 bytes of a matrix that are made at a time, where it goes through float32
 UNPACK_WEIGHTS = 1 << 20  # weights that are unpacked at a time: about what the L2 cache holds
 
 
 @dataclass(frozen=True, slots=True)
-class LanesFormat:
-    """How a storage type rests as lanes of 4 or 8 bits."""
+class PlainFormat:
+    """A storage type of one plane, with scales and perhaps minima: its blocks are packed without a stop."""
 
     bits: int
     minima: bool
-    pack: Callable[[NDArray[np.uint8], NDArray[np.uint32], FloatArray, FloatArray, int], None]
+    pack: Callable[[NDArray[np.uint8], NDArray[np.uint32], Halves, Halves, int], None]
 
 
-LANES_FORMATS = {
-    "Q4_0": LanesFormat(4, False, repack.q4_0),
-    "Q4_1": LanesFormat(4, True, repack.q4_1),
-    "Q4_K": LanesFormat(4, True, repack.q4_k),
-    "Q8_0": LanesFormat(8, False, repack.q8_0),
+PLAIN_FORMATS = {
+    "Q4_0": PlainFormat(4, False, repack.q4_0),
+    "Q4_1": PlainFormat(4, True, repack.q4_1),
+    "Q8_0": PlainFormat(8, False, repack.q8_0),
 }
-PACKINGS = frozenset(LANES_FORMATS) | frozenset(FORMATS) | frozenset(KINDS)      # storage types that keep their size
-NOTHING = np.zeros((0, 0, 0), np.float32)
+PACKINGS = frozenset(PLAIN_FORMATS) | frozenset(FORMATS) | frozenset(KINDS)      # storage types that keep their size
+NO_HALVES, NO_WORDS = np.zeros((0, 0, 0), np.int16), np.zeros((0, 0, 0), np.uint32)
+CACHE_LINE = 64           # bytes
 DENSE = {"F32": np.float32, "BF16": np.uint16, "F16": np.int16}
 
 
@@ -65,29 +68,37 @@ def empty(storage: str, rows: int, columns: int) -> tuple[Matrix, Fill]:
     """A matrix of zeros and what fills it."""
     blocks = -(-rows // LANES)
     if storage in DENSE:
-        dense = DenseMatrix(rows, np.zeros((blocks, columns, LANES), DENSE[storage]))
+        dense = DenseMatrix(rows, zeros((blocks, columns, LANES), DENSE[storage]))
         return dense, partial(fill_dense, dense, storage)
-    if storage in LANES_FORMATS:
-        return empty_lanes(LANES_FORMATS[storage], rows, blocks, columns)
+    if storage in PLAIN_FORMATS:
+        return empty_plain(PLAIN_FORMATS[storage], rows, blocks, columns)
     if storage in FORMATS:
         planes = empty_planes(STORAGE[storage], rows, blocks, columns)
         return planes, partial(fill_planes, planes)
     kind = STORAGE[storage]
-    grid = Grid(rows, kind, grid_kind(storage), np.zeros((blocks, columns // kind.block * kind.bytes, LANES), np.uint8))
+    grid = Grid(rows, kind, grid_kind(storage), zeros((blocks, columns // kind.block * kind.bytes, LANES), np.uint8))
     return grid, lambda tensor, first: repack.dense_rows(row_bytes(tensor), grid.blocks, first)
+
+
+def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """An array that begins at the beginning of a cache line, so that no vector of a kernel lies across two."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    room = np.zeros(size + CACHE_LINE, np.uint8)
+    start = -room.ctypes.data % CACHE_LINE
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def row_bytes(tensor: RawTensor) -> NDArray[np.uint8]:
     return tensor.data.reshape(tensor.rows, tensor.row_bytes)
 
 
-def empty_lanes(format_: LanesFormat, rows: int, blocks: int, columns: int) -> tuple[Lanes, Fill]:
-    words = np.zeros((blocks, columns * format_.bits // 32, LANES), np.uint32)
-    scale = np.zeros((blocks, columns // 32, LANES), np.float32)
-    minimum = np.zeros_like(scale) if format_.minima else NOTHING
-    return Lanes(rows, format_.bits, words, scale, minimum), lambda tensor, first: format_.pack(
-        row_bytes(tensor), words, scale, minimum, first
-    )
+def empty_plain(format_: PlainFormat, rows: int, blocks: int, columns: int) -> tuple[Planes, Fill]:
+    words = zeros((blocks, columns * format_.bits // 32, LANES), np.uint32)
+    scale = zeros((blocks, columns // 32, LANES), np.int16)
+    minimum = zeros(scale.shape, np.int16) if format_.minima else NO_HALVES
+    planes = Planes(rows, 32, words, format_.bits, None, 0, None, 1, scale, minimum, NO_WORDS, NO_WORDS)
+    return planes, lambda tensor, first: format_.pack(row_bytes(tensor), words, scale, minimum, first)
 
 
 def empty_planes(storage: StorageType, rows: int, blocks: int, columns: int) -> Planes:
@@ -97,16 +108,16 @@ def empty_planes(storage: StorageType, rows: int, blocks: int, columns: int) -> 
     scales = sample.scale.shape[-1] * columns // storage.block
 
     def words(bits: float) -> NDArray[np.uint32]:
-        return np.zeros((blocks, round(columns * bits / 32), LANES), np.uint32) if bits else np.zeros((0, 0, 0), np.uint32)
+        return zeros((blocks, round(columns * bits / 32), LANES), np.uint32) if bits else NO_WORDS
 
     fine_bits = 32 / (format_.group * FINE)
     return Planes(
         rows, format_.group,
         words(format_.low), format_.low,
         words(format_.high) if format_.high else None, format_.high,
-        codebook_of(format_.codebook),
-        np.zeros((blocks, scales, LANES), np.float32),
-        NOTHING if sample.minimum is None else np.zeros((blocks, scales, LANES), np.float32),
+        codebook_of(format_.codebook), format_.unit,
+        zeros((blocks, scales, LANES), np.float32 if format_.wide else np.int16),
+        NO_HALVES if sample.minimum is None else zeros((blocks, scales, LANES), np.int16),
         words(0 if sample.fine is None else fine_bits), words(0 if sample.fine_minimum is None else fine_bits),
     )  # fmt: skip
 
@@ -123,7 +134,8 @@ def fill_planes(planes: Planes, tensor: RawTensor, first: int) -> None:
             repack.plane_rows(q, planes.high, planes.high_bits, planes.low_bits, at)
         for values, out in ((some.scale, planes.scale), (some.minimum, planes.minimum)):
             if values is not None:
-                repack.dense_rows(np.ascontiguousarray(values).reshape(count, -1), out, at)
+                bits = np.ascontiguousarray(values).view(out.dtype)
+                repack.dense_rows(bits.reshape(count, -1), out, at)
         for small, out_words in ((some.fine, planes.fine), (some.fine_minimum, planes.fine_minimum)):
             if small is not None:
                 biased = (small.astype(np.int16) + 128).astype(np.uint8).reshape(count, -1)

@@ -7,6 +7,7 @@ from backends.cpu.model import query_blocks
 from backends.cpu.ops import Cache, Ops, StepShape
 from backends.cpu.weights import DenseWeights, LayerWeights, Stack
 from engine.model.spec import Attention, Dense, Layer, ModelSpec, Rope
+from tests.support.cpu_rows import rows_of
 
 NONE = np.zeros(0, np.float32)
 NO_STACK = Stack(0, ())
@@ -36,8 +37,8 @@ def run(spec, qkv, chunks, make_step):
         shape = StepShape(step.slots.astype(np.int64), query_blocks(spec, step), step.page_tables, ones, zeros)
         ops.rotate(rows, 0, a, NO_WEIGHTS, cache, shape)
         out = ops.attend(rows, 0, a, cache, shape)
-        sums = out.values[:chunk].reshape(chunk, -1, 16).sum(2)
-        np.testing.assert_allclose(out.sums[:chunk], sums, rtol=1e-5, atol=1e-6 * np.abs(qkv).max() * 16)
+        prepared = rows_of(out.values[:chunk], integer=ops.integer)
+        np.testing.assert_array_equal(out.groups[:chunk], prepared.groups[:chunk])
         parts.append(out.values[:chunk].copy())
         before += chunk
     return np.vstack(parts)

@@ -5,10 +5,11 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
-from backends.cpu.ops import Ops, Rows
+from backends.cpu.ops import Ops
 from backends.cpu.weights import Loader
 from engine.model.spec import Attention, Dense, Layer, ModelSpec, Rope
 from engine.weights.tensors import STORAGE, RawTensor, to_float32
+from tests.support.cpu_rows import ARITHMETIC, rows_of
 
 GGUF_QUANTIZABLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 RANDOM_BYTES = ("Q4_K", "Q5_K", "Q6_K")       # gguf cannot quantize to these: random blocks with sane scales
@@ -63,13 +64,10 @@ def activations(tokens: int, columns: int = COLUMNS) -> np.ndarray:
     return np.random.default_rng(7).standard_normal((64, columns)).astype(np.float32)[:tokens]
 
 
-def product(x: np.ndarray, stack: object, workers: int = 2) -> np.ndarray:
+def product(x: np.ndarray, stack: object, workers: int = 2, *, integer: bool) -> np.ndarray:
     """x W^T by the kernels, through arrays with room for a tile that is full of numbers that must not matter."""
-    ops = Ops(workers, 1e-5)
-    rows = ops.rows("x", len(x), x.shape[1])
-    rows.values[:] = 1e6
-    rows.values[: len(x)] = x
-    rows = Rows(rows.values, np.ascontiguousarray(rows.values.reshape(len(rows.values), -1, 16).sum(2)), len(x))
+    ops = Ops(workers, 1e-5, integer=integer)
+    rows = rows_of(x, integer=integer, padding=1e6)
     return ops.linear(rows, stack, "out").values[: len(x)].copy()
 
 
@@ -88,26 +86,30 @@ def test_repacked_weights_are_those_of_the_reference(storage: str) -> None:
 
 
 @pytest.mark.parametrize("storage", LANES + DENSE)
-def test_a_product_is_close_to_float64(storage: str) -> None:
+@ARITHMETIC
+def test_a_product_is_close_to_float64(storage: str, integer: bool) -> None:
     tensor = raw(storage)
     x = activations(17)
     exact = x.astype(np.float64) @ to_float32(tensor).astype(np.float64).T
-    error = np.abs(product(x, loader(Source(tensor)).stack("query")) - exact).max() / np.abs(exact).max()
+    error = np.abs(product(x, loader(Source(tensor)).stack("query"), integer=integer) - exact).max() / np.abs(exact).max()
     assert error < 2e-6
 
 
 @pytest.mark.parametrize("storage", LANES + DENSE)
-def test_a_token_gives_the_same_bits_in_any_company(storage: str) -> None:
+@ARITHMETIC
+def test_a_token_gives_the_same_bits_in_any_company(storage: str, integer: bool) -> None:
     stack = loader(Source(raw(storage))).stack("query")
-    whole = product(activations(64), stack)
+    whole = product(activations(64), stack, integer=integer)
     for tokens in MARKS:
-        np.testing.assert_array_equal(product(activations(tokens), stack), whole[:tokens], strict=True)
+        np.testing.assert_array_equal(product(activations(tokens), stack, integer=integer), whole[:tokens], strict=True)
 
 
 @pytest.mark.parametrize("storage", ["Q4_1", "BF16"])
-def test_the_number_of_threads_does_not_change_a_bit(storage: str) -> None:
+@ARITHMETIC
+def test_the_number_of_threads_does_not_change_a_bit(storage: str, integer: bool) -> None:
     stack = loader(Source(raw(storage))).stack("query")
-    np.testing.assert_array_equal(product(activations(5), stack, workers=1), product(activations(5), stack, workers=2))
+    one, two = (product(activations(5), stack, workers, integer=integer) for workers in (1, 2))
+    np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize("columns", [3, 24, 30])
@@ -121,14 +123,15 @@ def test_dense_matrices_may_have_any_width(columns: int) -> None:
     np.testing.assert_allclose(out, x.astype(np.float64) @ to_float32(tensor).T.astype(np.float64), rtol=1e-4, atol=1e-5)
 
 
-def test_stacked_matrices_of_unlike_types_and_odd_rows_are_one_product() -> None:
+@ARITHMETIC
+def test_stacked_matrices_of_unlike_types_and_odd_rows_are_one_product(integer: bool) -> None:
     tensors = [raw("Q4_1", "query", 40, seed=1), raw("Q4_1", "key", 24, seed=2), raw("Q6_K", "value", 24, seed=3)]
     source = Source(*tensors)
     stack = loader(source).stack("query", "key", "value")
     assert [matrix.rows for matrix in stack.matrices] == [64, 24]
     x = activations(5)
     exact = np.hstack([x.astype(np.float64) @ to_float32(tensor).T.astype(np.float64) for tensor in tensors])
-    assert np.abs(product(x, stack) - exact).max() / np.abs(exact).max() < 2e-6
+    assert np.abs(product(x, stack, integer=integer) - exact).max() / np.abs(exact).max() < 2e-6
     assert source.released == ["query", "key", "value"]
 
 

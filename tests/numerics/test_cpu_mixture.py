@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from backends.cpu import mixture
-from backends.cpu.kernels import elementwise
+from backends.cpu.kernels.vectors import has_byte_products
 from backends.cpu.ops import Ops, Rows
 from backends.cpu.weights import Loader, MixtureWeights
 from engine.model.spec import Attention, Layer, Mixture, ModelSpec, Rope
 from engine.weights.tensors import STORAGE, RawTensor
+from tests.support.cpu_rows import rows_of
 
 HIDDEN, WIDTH, SHARED, EXPERTS, TOKENS = 48, 32, 64, 8, 37
 
@@ -43,12 +44,7 @@ def made(spec: Mixture) -> tuple[Random, MixtureWeights]:
 
 
 def rows(values: np.ndarray) -> Rows:
-    room = -(-len(values) // 4) * 4
-    full = np.zeros((room, values.shape[1]), np.float32)
-    full[: len(values)] = values
-    sums = np.zeros((room, values.shape[1] // 16), np.float32)
-    elementwise.sum_groups(full, sums, len(values))
-    return Rows(full, sums, len(values))
+    return rows_of(values, integer=has_byte_products())
 
 
 def silu(x: np.ndarray) -> np.ndarray:

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from backends.cpu.matrices import Grid, Lanes, Matrix, Planes
-from backends.cpu.ops import Rows, apply_matrix
+from backends.cpu.matrices import Grid, Matrix, Planes
+from backends.cpu.ops import apply_matrix
 from backends.cpu.packing import PACKINGS, pack
 from engine.weights.tensors import STORAGE, RawTensor, to_float32
+from tests.support.cpu_rows import ARITHMETIC, rows_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "storage-types.md"
 COLUMNS = 512
 COUNTS = (1, 2, 3, 5, 17)
-LIMIT = 1.35                    # bytes here to bytes in the file
+LIMIT = 1.27                    # bytes here to bytes in the file
 
 
 def readable(name: str) -> bool:
@@ -63,13 +64,11 @@ def activations(tokens: int, columns: int = COLUMNS) -> np.ndarray:
     return np.random.default_rng(7).standard_normal((max(COUNTS), columns)).astype(np.float32)[:tokens]
 
 
-def product(x: np.ndarray, matrix: Matrix, *, add: bool = False, first: int = 3) -> np.ndarray:
+def product(x: np.ndarray, matrix: Matrix, *, integer: bool, add: bool = False, first: int = 3) -> np.ndarray:
     """The kernel's x W^T between columns that must stay as they are; the room of a tile is full of other numbers."""
-    room = np.full((-(-len(x) // 4) * 4, x.shape[1]), 1e6, np.float32)
-    room[: len(x)] = x
-    sums = np.ascontiguousarray(room.reshape(len(room), -1, 16).sum(2))
-    out = np.full((len(room), first + matrix.rows + 2), 7, np.float32)
-    apply_matrix(Rows(room, sums, len(x)), matrix, out, first, add=add)
+    rows = rows_of(x, integer=integer, padding=1e6)
+    out = np.full((len(rows.values), first + matrix.rows + 2), 7, np.float32)
+    apply_matrix(rows, matrix, out, first, add=add)
     assert (out[:, :first] == 7).all()
     assert (out[:, first + matrix.rows :] == 7).all()
     assert (out[len(x) :] == 7).all()
@@ -101,7 +100,7 @@ def test_weights_rest_at_about_the_size_that_they_have_in_the_file(storage: str)
 @pytest.mark.parametrize("storage", TYPES)
 def test_the_documentation_has_the_sizes_of_packed_matrices(storage: str) -> None:
     file_bits, bits = sizes(storage)
-    shape = {Lanes: "lanes", Planes: "planes", Grid: "grid"}[type(packed(random_tensor(storage, 32)))]
+    shape = {Planes: "planes", Grid: "grid"}[type(packed(random_tensor(storage, 32)))]
     file_cell, cell, ratio, how = table_of_docs()[storage]
     assert (file_cell, cell, ratio) == (f"{file_bits:.4g}", f"{bits:.4g}", f"{bits / file_bits:.2f}")
     assert how.startswith(shape)
@@ -116,29 +115,32 @@ def test_looked_up_rows_are_exactly_those_of_the_reference(storage: str) -> None
 
 @pytest.mark.parametrize("storage", TYPES)
 @pytest.mark.parametrize("rows", [33, 70])
-def test_a_product_is_that_of_the_reference_weights(storage: str, rows: int) -> None:
+@ARITHMETIC
+def test_a_product_is_that_of_the_reference_weights(storage: str, rows: int, integer: bool) -> None:
     tensor = random_tensor(storage, rows)
     x = activations(17)
     exact = x.astype(np.float64) @ to_float32(tensor).T.astype(np.float64)
-    error = np.linalg.norm(product(x, packed(tensor)) - exact) / np.linalg.norm(exact)
+    error = np.linalg.norm(product(x, packed(tensor), integer=integer) - exact) / np.linalg.norm(exact)
     assert error < 2e-6
 
 
 @pytest.mark.parametrize("storage", TYPES)
-def test_a_token_gives_the_same_bits_alone_and_in_any_company(storage: str) -> None:
+@ARITHMETIC
+def test_a_token_gives_the_same_bits_alone_and_in_any_company(storage: str, integer: bool) -> None:
     matrix, x = packed(random_tensor(storage, 70)), activations(17)
-    alone = np.vstack([product(x[i : i + 1], matrix) for i in range(17)])
+    alone = np.vstack([product(x[i : i + 1], matrix, integer=integer) for i in range(17)])
     for count in COUNTS:
-        np.testing.assert_array_equal(product(x[:count], matrix), alone[:count])
+        np.testing.assert_array_equal(product(x[:count], matrix, integer=integer), alone[:count])
 
 
 @pytest.mark.parametrize("storage", ["Q5_0", "Q6_K", "IQ4_XS", "IQ2_S", "TQ1_0"])
-def test_more_than_a_tile_of_tokens_and_adding_to_what_is_there(storage: str) -> None:
+@ARITHMETIC
+def test_more_than_a_tile_of_tokens_and_adding_to_what_is_there(storage: str, integer: bool) -> None:
     matrix = packed(random_tensor(storage, 40))
     x = np.random.default_rng(1).standard_normal((45, COLUMNS)).astype(np.float32)
-    plain = product(x, matrix)
-    np.testing.assert_array_equal(plain[40:41], product(x[40:41], matrix))
-    np.testing.assert_array_equal(product(x, matrix, add=True), plain + np.float32(7))
+    plain = product(x, matrix, integer=integer)
+    np.testing.assert_array_equal(plain[40:41], product(x[40:41], matrix, integer=integer))
+    np.testing.assert_array_equal(product(x, matrix, add=True, integer=integer), plain + np.float32(7))
 
 
 @pytest.mark.parametrize("storage", ["Q5_1", "Q6_K", "IQ4_NL", "IQ3_S"])
@@ -149,11 +151,12 @@ def test_stacked_tensors_are_one_matrix_also_across_a_block_of_rows(storage: str
 
 
 @pytest.mark.parametrize("storage", ["Q5_0", "Q5_1", "IQ4_NL", "MXFP4"])
-def test_types_of_small_blocks_may_have_an_odd_number_of_them(storage: str) -> None:
+@ARITHMETIC
+def test_types_of_small_blocks_may_have_an_odd_number_of_them(storage: str, integer: bool) -> None:
     tensor = random_tensor(storage, 33, columns=96)
     x = activations(3, 96)
     exact = x.astype(np.float64) @ to_float32(tensor).T.astype(np.float64)
-    assert np.linalg.norm(product(x, packed(tensor)) - exact) / np.linalg.norm(exact) < 2e-6
+    assert np.linalg.norm(product(x, packed(tensor), integer=integer) - exact) / np.linalg.norm(exact) < 2e-6
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 127, 250])

@@ -1,4 +1,4 @@
-"""What several kernels share: an exponential that LLVM turns into vector code, widening of short floats, group sums.
+"""What several kernels share: an exponential that LLVM turns into vector code, widening of short floats.
 
 Kernels inline them. np.exp is a scalar call in Numba (unless Intel's SVML is there) and would cost more than all of
 attention; a polynomial with exponent bits runs over 16 lanes at once.
@@ -7,13 +7,10 @@ attention; a polynomial with exponent bits runs over 16 lanes at once.
 import numpy as np
 from numba import types
 from numba.extending import overload
-from numpy.typing import NDArray
 
 from backends.cpu.kernels.jit import helper, inner
 
-__all__ = ["GROUP", "dot4", "exponential", "group_sums", "half", "tanh", "widen"]
-
-GROUP = 16                           # columns of one entry of `sums`; quantized weights have groups of 16 or 32
+__all__ = ["dot4", "exponential", "half", "tanh", "widen"]
 
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -87,13 +84,3 @@ def _widen(weight):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202  (Nu
         case types.float32:
             return lambda weight: weight
     return None
-
-
-@inner
-def group_sums(values: NDArray[np.float32], sums: NDArray[np.float32], t: int) -> None:
-    """Sums over 16 columns each, for the groups of quantized weights; nothing where the columns do not divide."""
-    for g in range(sums.shape[1]):
-        total = np.float32(0)
-        for k in range(g * GROUP, (g + 1) * GROUP):
-            total += values[t, k]
-        sums[t, g] = total

@@ -9,7 +9,8 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from backends.cpu.kernels.arithmetic import GROUP, dot4, exponential, tanh
+from backends.cpu.kernels.arithmetic import dot4, exponential, tanh
+from backends.cpu.kernels.groups import SPAN, Groups, prepare
 from backends.cpu.kernels.jit import LANES, inner, kernel, signed
 
 __all__ = ["BLOCK_FIELDS", "TILE", "attend"]
@@ -95,7 +96,7 @@ def gather_values(weights: Floats, line: int, values: Floats, page: int, layer: 
 @inner
 def attend_block(
     qkv: Floats, keys: Floats, values: Floats, layer: int, token: int, queries: int, table: Ints, first_limit: int,
-    head: int, group: int, scale: np.float32, window: int, cap: np.float32, result: Floats, sums: Floats,
+    head: int, group: int, scale: np.float32, window: int, cap: np.float32, result: Floats, groups: Groups,
 ) -> None:
     size = keys.shape[3]
     lines = queries * group
@@ -141,12 +142,9 @@ def attend_block(
         for i in range(size):
             out[line, i] *= share
             result[token + line // group, column + i] = out[line, i]
-        if size % GROUP == 0:
-            for g in range(size // GROUP):
-                total = ZERO
-                for i in range(g * GROUP, (g + 1) * GROUP):
-                    total += out[line, i]
-                sums[token + line // group, column // GROUP + g] = total
+    if group * size % SPAN == 0:
+        for query in range(queries):
+            prepare(result, groups, token + query, head * group * size, (head + 1) * group * size)
 
 
 @kernel
@@ -162,7 +160,7 @@ def attend(
     cap: np.float32,        # 0: none
     workers: int,
     result: Floats,         # (T, heads size)
-    sums: Floats,           # (T, heads size / 16), written if heads divide into groups of 16
+    groups: Groups,         # of the result; prepared here if the columns of a task divide into spans
 ) -> None:
     kv_heads = keys.shape[2]
     group = qkv.shape[1] // keys.shape[3] // kv_heads - 2
@@ -172,5 +170,5 @@ def attend(
             block = blocks[task // kv_heads]
             attend_block(
                 qkv, keys, values, layer, block[0], block[1], tables[block[2]], block[3], task % kv_heads, group, scale,
-                window, cap, result, sums,
+                window, cap, result, groups,
             )

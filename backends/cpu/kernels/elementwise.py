@@ -1,27 +1,22 @@
 """Row by row operations: rms norm, gated activations, adding.
 
-ops.py calls these. Each writes, beside its values, the sums over 16 columns that the quantized linear kernels want.
+ops.py calls these. Each prepares, beside its values, what the quantized products want of their groups.
 """
 
 import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from backends.cpu.kernels.arithmetic import exponential, group_sums, tanh
+from backends.cpu.kernels.arithmetic import exponential, tanh
+from backends.cpu.kernels.groups import Groups, prepare
 from backends.cpu.kernels.jit import inner, kernel, signed
 
-__all__ = ["add_bias", "add_rows", "gated", "rms_norm", "sum_groups"]
+__all__ = ["add_bias", "add_rows", "gated", "rms_norm"]
 
 Floats = NDArray[np.float32]
 
 ONE, HALF = np.float32(1), np.float32(0.5)
 GELU_A, GELU_B = np.float32(0.7978845608028654), np.float32(0.044715)   # sqrt(2 / pi)
-
-
-@kernel
-def sum_groups(values: Floats, sums: Floats, tokens: int) -> None:
-    for token in prange(tokens):
-        group_sums(values, sums, signed(token))
 
 
 @inner
@@ -40,13 +35,13 @@ def inverse_rms(x: Floats, t: int, epsilon: np.float32) -> np.float32:
 
 
 @kernel
-def rms_norm(x: Floats, weight: Floats, epsilon: np.float32, out: Floats, sums: Floats, tokens: int) -> None:
+def rms_norm(x: Floats, weight: Floats, epsilon: np.float32, out: Floats, groups: Groups, tokens: int) -> None:
     for token in prange(tokens):
         t = signed(token)
         scale = inverse_rms(x, t, epsilon)
         for k in range(x.shape[1]):
             out[t, k] = x[t, k] * scale * weight[k]
-        group_sums(out, sums, t)
+        prepare(out, groups, t, 0, out.shape[1])
 
 
 @inner
@@ -67,7 +62,7 @@ def gelu_row(gate_up: Floats, out: Floats, t: int) -> None:
 
 
 @kernel
-def gated(gate_up: Floats, is_silu: bool, out: Floats, sums: Floats, tokens: int) -> None:
+def gated(gate_up: Floats, is_silu: bool, out: Floats, groups: Groups, tokens: int) -> None:
     """activation(gate) * up; gate_up is (T, 2 F): gate, then up."""
     for token in prange(tokens):
         t = signed(token)
@@ -75,7 +70,7 @@ def gated(gate_up: Floats, is_silu: bool, out: Floats, sums: Floats, tokens: int
             silu_row(gate_up, out, t)
         else:
             gelu_row(gate_up, out, t)
-        group_sums(out, sums, t)
+        prepare(out, groups, t, 0, out.shape[1])
 
 
 @kernel

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 
-__all__ = ["LANES", "helper", "inner", "kernel", "signed"]
+__all__ = ["LANES", "careful", "helper", "inner", "kernel", "signed"]
 
 log = logging.getLogger(__name__)
 njit: Any = numba.njit     # its stubs do not know options that are given as a dict
@@ -42,6 +42,11 @@ def kernel(function: Function) -> Function:
 def inner(function: Function) -> Function:
     """What one iteration of a kernel does. Numba's cache looks at the kernel's own file only: keep the two together."""
     return cast(Function, njit(fastmath=FAST, **OPTIONS)(function))
+
+
+def careful(function: Function) -> Function:
+    """An inner function whose numbers need not be finite."""
+    return cast(Function, njit(fastmath=FAST - {"nnan", "ninf"}, **OPTIONS)(function))
 
 
 def helper(function: Function) -> Function:

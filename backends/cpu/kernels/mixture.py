@@ -8,6 +8,7 @@ from numba import prange
 from numpy.typing import NDArray
 
 from backends.cpu.kernels.arithmetic import exponential
+from backends.cpu.kernels.groups import Groups
 from backends.cpu.kernels.jit import inner, kernel, signed
 
 __all__ = ["add_weighed", "choose", "gather", "sigmoids"]
@@ -60,14 +61,13 @@ def sigmoids(logits: Floats, shares: Floats, tokens: int) -> None:
 
 
 @kernel
-def gather(x: Floats, x_sums: Floats, tokens: Ints, out: Floats, sums: Floats) -> None:
-    """out[i] = x[tokens[i]], and the sums over 16 columns with it."""
+def gather(x: Floats, x_groups: Groups, tokens: Ints, out: Floats, groups: Groups) -> None:
+    """out[i] = x[tokens[i]], and what is prepared of it."""
     for row in prange(tokens.shape[0]):
         i = signed(row)
         for k in range(x.shape[1]):
             out[i, k] = x[tokens[i], k]
-        for g in range(x_sums.shape[1]):
-            sums[i, g] = x_sums[tokens[i], g]
+        groups[i] = x_groups[tokens[i]]
 
 
 @kernel

@@ -7,7 +7,8 @@ word by rotations and masks, so that one compiled kernel serves every width; a b
 low         8 / bits fields of four weights: weight 4 m + f of a word stands at bit 8 f + bits m
 high        likewise the bits above those, or None
 codebook    16 bytes in four words, of which the low bits choose one, or None
-scale       float32 for one or more groups, with the factor 2^bits; minimum the same, or without blocks
+scale       float32 or the bits of float16, for one or more groups; minimum the same, or without blocks
+factor      what a scale is of 2^bits, or of 256 with a codebook
 fine        4 x (int8 + 128) a word, by which a group's scale is multiplied, or without blocks; fine_minimum likewise
 """
 
@@ -15,7 +16,8 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from backends.cpu.kernels.arithmetic import GROUP, dot4
+from backends.cpu.kernels.arithmetic import dot4, widen
+from backends.cpu.kernels.groups import GROUP
 from backends.cpu.kernels.jit import LANES, helper, inner, kernel, signed
 from backends.cpu.kernels.linear import CENTER, ONE, TILE, clear, store
 
@@ -23,6 +25,7 @@ __all__ = ["FINE", "planes"]
 
 Floats = NDArray[np.float32]
 Words = NDArray[np.uint32]
+Scales = NDArray[np.float32] | NDArray[np.int16]
 Codebook = tuple[np.uint32, np.uint32, np.uint32, np.uint32] | None
 Plane = tuple[np.uint32, np.uint32, np.uint32, np.uint32]     # bits, log2 of a word's fields, place in a byte, mask
 Four = tuple[np.float32, np.float32, np.float32, np.float32]
@@ -95,15 +98,15 @@ def units(u: np.uint32, codebook: Codebook) -> Four:
 
 
 @inner
-def read_scales(coarse: Floats, fine: Words, b: int, g: int, c: int, scales: Floats) -> int:
+def read_scales(coarse: Scales, fine: Words, factor: np.float32, b: int, g: int, c: int, scales: Floats) -> int:
     """Where in `scales` those of group g are: a coarse one alone, or times fine ones, of which four are read at once."""
     if fine.shape[0] == 0:
         for r in range(scales.shape[1]):
-            scales[0, r] = coarse[b, c, r]
+            scales[0, r] = widen(coarse[b, c, r]) * factor
         return 0
     if g % FINE == 0:
         for r in range(LANES):
-            u, s = fine[b, g // FINE, r], coarse[b, c, r]
+            u, s = fine[b, g // FINE, r], widen(coarse[b, c, r]) * factor
             scales[0, r], scales[1, r] = times(s, u), times(s, U(u >> U(8)))
             scales[2, r], scales[3, r] = times(s, U(u >> U(16))), times(s, U(u >> U(24)))
     return g % FINE
@@ -134,8 +137,8 @@ def close(
 @inner
 def planes_one(
     x: Floats, sums: Floats, low: Words, low_plane: Plane, high: Words | None, high_plane: Plane, codebook: Codebook,
-    scale: Floats, minimum: Floats, fine: Words, fine_minimum: Words, group: int, columns: int, b: int,
-    rows: int, out: Floats, first: int, add: bool,
+    scale: Scales, minimum: Scales, factor: np.float32, fine: Words, fine_minimum: Words, group: int, columns: int,
+    b: int, rows: int, out: Floats, first: int, add: bool,
 ) -> None:  # fmt: skip
     supers, entries, affine = scale.shape[1], group // GROUP, minimum.shape[0] > 0
     per = columns // (group * supers)      # groups of a coarse scale
@@ -158,9 +161,9 @@ def planes_one(
                     v4, v5, v6, v7 = units(four_bytes(u, second_left, low_plane, v, second_high, high_plane), codebook)
                     part[0, r] = dot4(part[0, r], v0, v1, v2, v3, a0, a1, a2, a3)
                     part[1, r] = dot4(part[1, r], v4, v5, v6, v7, a4, a5, a6, a7)
-            at = read_scales(scale, fine, b, g, c, scales)
+            at = read_scales(scale, fine, factor, b, g, c, scales)
             if affine:
-                read_scales(minimum, fine_minimum, b, g, c, minima)
+                read_scales(minimum, fine_minimum, np.float32(1), b, g, c, minima)
             close(total, part, 0, 1, sums, 0, g, entries, scales, minima, at, center)
     store(total, 0, b, rows, out, 0, first, add)
 
@@ -189,8 +192,8 @@ def four_tokens(
 @inner
 def planes_many(
     x: Floats, sums: Floats, low: Words, low_plane: Plane, high: Words | None, high_plane: Plane, codebook: Codebook,
-    scale: Floats, minimum: Floats, fine: Words, fine_minimum: Words, group: int, columns: int, b: int,
-    rows: int, out: Floats, first: int, add: bool, tokens: int,
+    scale: Scales, minimum: Scales, factor: np.float32, fine: Words, fine_minimum: Words, group: int, columns: int,
+    b: int, rows: int, out: Floats, first: int, add: bool, tokens: int,
 ) -> None:  # fmt: skip
     supers, entries, affine = scale.shape[1], group // GROUP, minimum.shape[0] > 0
     per = columns // (group * supers)
@@ -205,9 +208,9 @@ def planes_many(
                 for k in range(g * group, (g + 1) * group, 8):
                     four_tokens(x, t, k, low, low_plane, high, high_plane, codebook, b, part, 0)
                     four_tokens(x, t, k + 4, low, low_plane, high, high_plane, codebook, b, part, TILE)
-                at = read_scales(scale, fine, b, g, c, scales)
+                at = read_scales(scale, fine, factor, b, g, c, scales)
                 if affine:
-                    read_scales(minimum, fine_minimum, b, g, c, minima)
+                    read_scales(minimum, fine_minimum, np.float32(1), b, g, c, minima)
                 for j in range(TILE):
                     close(total, part, j, TILE, sums, t + j, g, entries, scales, minima, at, center)
         for j in range(min(TILE, tokens - t)):
@@ -217,8 +220,8 @@ def planes_many(
 @kernel
 def planes(
     x: Floats, sums: Floats, low: Words, low_bits: int, high: Words | None, high_bits: int, codebook: Codebook,
-    scale: Floats, minimum: Floats, fine: Words, fine_minimum: Words, group: int, rows: int, out: Floats, first: int,
-    add: bool, tokens: int,
+    scale: Scales, minimum: Scales, factor: np.float32, fine: Words, fine_minimum: Words, group: int, rows: int,
+    out: Floats, first: int, add: bool, tokens: int,
 ) -> None:  # fmt: skip
     """out[:tokens, first : first + rows] = (or +=, if add) x W^T. group: columns of a group, 16 or 32."""
     columns = 32 // low_bits * low.shape[1]
@@ -227,11 +230,11 @@ def planes(
         low_plane, high_plane = plane_of(low_bits, high_bits), plane_of(max(high_bits, 1), 0)
         if tokens == 1:
             planes_one(
-                x, sums, low, low_plane, high, high_plane, codebook, scale, minimum, fine, fine_minimum, group, columns, b,
-                rows, out, first, add,
+                x, sums, low, low_plane, high, high_plane, codebook, scale, minimum, factor, fine, fine_minimum, group,
+                columns, b, rows, out, first, add,
             )  # fmt: skip
         else:
             planes_many(
-                x, sums, low, low_plane, high, high_plane, codebook, scale, minimum, fine, fine_minimum, group, columns, b,
-                rows, out, first, add, tokens,
+                x, sums, low, low_plane, high, high_plane, codebook, scale, minimum, factor, fine, fine_minimum, group,
+                columns, b, rows, out, first, add, tokens,
             )  # fmt: skip
