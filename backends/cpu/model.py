@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.cpu import mixture
+from backends.cpu.fused import Fused
 from backends.cpu.ops import Cache, Ops, Rows, StepShape
 from backends.cpu.rope import Rotation
 from backends.cpu.weights import DenseWeights, LayerWeights, MixtureWeights, ModelWeights, Stack
@@ -31,11 +32,15 @@ class Model:
         self.ops = Ops(workers, spec.norm_epsilon)
         self.rotations = {layer.attention.rope: Rotation.of(layer.attention.rope) for layer in spec.layers}
         self.output = Stack(weights.output.rows, (weights.output,))
+        self.fused = Fused.of(spec, weights.layers, self.ops)
 
     def forward(self, tokens: IntArray, step: StepInput, cache: Cache) -> Rows:
         """States of all tokens before the last norm, (T, D). tokens: the step's, with no reference left."""
         ops, shapes = self.ops, self.shapes(step)
         x = ops.embed(tokens, self.weights.embedding, self.spec.hidden_size)                      # (T, D)
+        if self.fused is not None:
+            self.fused.run(ops, x, cache, shapes[self.fused.attention.rope])
+            return x
         for number, (layer, w) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
             qkv = ops.linear(ops.rms_norm(x, w.attention_norm), w.qkv, "qkv")                     # (T, (H + 2 KV) hs)
             shape = shapes[layer.attention.rope]
@@ -84,6 +89,9 @@ class Model:
     def warm_up(self, step: StepInput, cache: Cache) -> None:
         """Compile what the layers have beside attention, on a step of one token."""
         x = self.ops.embed(np.zeros(1, np.int32), self.weights.embedding, self.spec.hidden_size)
+        if self.fused is not None:
+            self.logits(self.final_states(x, np.zeros(1, np.intp)))
+            return
         first, attention = self.weights.layers[0], self.spec.layers[0].attention
         qkv = self.ops.linear(self.ops.rms_norm(x, first.attention_norm), first.qkv, "qkv")
         self.ops.rotate(qkv, 0, attention, first, cache, self.shapes(step)[attention.rope])

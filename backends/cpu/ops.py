@@ -116,7 +116,7 @@ class Ops:
     def apply(self, x: Rows, stack: Stack, out: Rows, *, add: bool) -> None:
         first = 0
         for matrix in stack.matrices:
-            apply_matrix(x, matrix, out.values, first, add=add)
+            apply_matrix(x, matrix, out.values, first, add=add, workers=self.workers)
             first += matrix.rows
 
     def gated(self, gate_up: Rows, activation: Activation, name: str = "gated") -> Rows:
@@ -144,11 +144,11 @@ class Ops:
         return out
 
 
-def apply_matrix(x: Rows, matrix: Matrix, out: FloatArray, first: int, *, add: bool) -> None:
+def apply_matrix(x: Rows, matrix: Matrix, out: FloatArray, first: int, *, add: bool, workers: int) -> None:
     """Write (or add) x W^T to the columns of `out` from `first` on."""
     match matrix:
         case Planes() if x.groups.ndim == 3:
-            integer.products(matrix.described, x.groups, out, first, add, x.tokens)
+            integer.products(matrix.described, 0, x.groups, out, first, add, x.tokens, workers)
         case Planes(rows=rows, low=words, scale=scale, minimum=minimum) if matrix.plain:
             linear.lanes(x.values, x.groups, words, scale, minimum, rows, out, first, add, x.tokens)
         case Planes():

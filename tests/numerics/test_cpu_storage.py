@@ -68,7 +68,7 @@ def product(x: np.ndarray, matrix: Matrix, *, integer: bool, add: bool = False, 
     """The kernel's x W^T between columns that must stay as they are; the room of a tile is full of other numbers."""
     rows = rows_of(x, integer=integer, padding=1e6)
     out = np.full((len(rows.values), first + matrix.rows + 2), 7, np.float32)
-    apply_matrix(rows, matrix, out, first, add=add)
+    apply_matrix(rows, matrix, out, first, add=add, workers=2)
     assert (out[:, :first] == 7).all()
     assert (out[:, first + matrix.rows :] == 7).all()
     assert (out[len(x) :] == 7).all()

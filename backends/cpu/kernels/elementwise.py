@@ -11,7 +11,7 @@ from backends.cpu.kernels.arithmetic import exponential, tanh
 from backends.cpu.kernels.groups import Groups, prepare
 from backends.cpu.kernels.jit import inner, kernel, signed
 
-__all__ = ["add_bias", "add_rows", "gated", "rms_norm"]
+__all__ = ["add_bias", "add_rows", "gated", "rms_norm", "silu_or_gelu"]
 
 Floats = NDArray[np.float32]
 
@@ -34,43 +34,46 @@ def inverse_rms(x: Floats, t: int, epsilon: np.float32) -> np.float32:
     return np.float32(ONE / np.sqrt((s0 + s1 + s2 + s3) / np.float32(columns) + epsilon))
 
 
+@inner
+def norm_row(x: Floats, weight: Floats, epsilon: np.float32, out: Floats, groups: Groups, t: int) -> None:
+    scale = inverse_rms(x, t, epsilon)
+    for k in range(x.shape[1]):
+        out[t, k] = x[t, k] * scale * weight[k]
+    prepare(out, groups, t, 0, out.shape[1])
+
+
 @kernel
 def rms_norm(x: Floats, weight: Floats, epsilon: np.float32, out: Floats, groups: Groups, tokens: int) -> None:
-    for token in prange(tokens):
-        t = signed(token)
-        scale = inverse_rms(x, t, epsilon)
-        for k in range(x.shape[1]):
-            out[t, k] = x[t, k] * scale * weight[k]
-        prepare(out, groups, t, 0, out.shape[1])
+    if tokens == 1:
+        norm_row(x, weight, epsilon, out, groups, 0)
+    else:
+        for token in prange(tokens):
+            norm_row(x, weight, epsilon, out, groups, signed(token))
 
 
 @inner
-def silu_row(gate_up: Floats, out: Floats, t: int) -> None:
-    width = out.shape[1]
-    for k in range(width):
-        gate = gate_up[t, k]
-        out[t, k] = gate / (ONE + exponential(-gate)) * gate_up[t, width + k]
+def silu_or_gelu(is_silu: bool, gate: np.float32) -> np.float32:
+    if is_silu:
+        return gate / (ONE + exponential(-gate))
+    return HALF * gate * (ONE + tanh(GELU_A * (gate + GELU_B * gate * gate * gate)))
 
 
 @inner
-def gelu_row(gate_up: Floats, out: Floats, t: int) -> None:
+def gated_row(gate_up: Floats, is_silu: bool, out: Floats, groups: Groups, t: int) -> None:
     width = out.shape[1]
     for k in range(width):
-        gate = gate_up[t, k]
-        curve = ONE + tanh(GELU_A * (gate + GELU_B * gate * gate * gate))
-        out[t, k] = HALF * gate * curve * gate_up[t, width + k]
+        out[t, k] = silu_or_gelu(is_silu, gate_up[t, k]) * gate_up[t, width + k]
+    prepare(out, groups, t, 0, width)
 
 
 @kernel
 def gated(gate_up: Floats, is_silu: bool, out: Floats, groups: Groups, tokens: int) -> None:
     """activation(gate) * up; gate_up is (T, 2 F): gate, then up."""
-    for token in prange(tokens):
-        t = signed(token)
-        if is_silu:
-            silu_row(gate_up, out, t)
-        else:
-            gelu_row(gate_up, out, t)
-        prepare(out, groups, t, 0, out.shape[1])
+    if tokens == 1:                        # a launch of threads would take longer
+        gated_row(gate_up, is_silu, out, groups, 0)
+    else:
+        for token in prange(tokens):
+            gated_row(gate_up, is_silu, out, groups, signed(token))
 
 
 @kernel

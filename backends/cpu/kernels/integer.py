@@ -22,10 +22,11 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from backends.cpu.kernels.jit import LANES, OPTIONS, careful, inner, kernel, signed
+from backends.cpu.kernels.sharing import new_shares, next_task
 from backends.cpu.kernels.vectors import FLOATS, HALF_FLOATS, INTS, Emitter, Value, call, tools
 from backends.cpu.kernels.vectors import LANES as WIDTH
 
-__all__ = ["COLUMNS", "MATRIX", "RECORD", "TILE", "Kind", "digits", "function_of", "products"]
+__all__ = ["COLUMNS", "MATRIX", "RECORD", "TILE", "Kind", "block_totals", "digits", "function_of", "products"]
 
 Floats = NDArray[np.float32]
 Words = NDArray[np.uint32]
@@ -39,6 +40,7 @@ LEAST = np.float32(1e-30)  # a group of smaller values is zero: the inverse of i
 BIAS, SIGNS = np.uint32(0x808080), np.uint32(0x808080)
 WORD_BYTES = 4 * LANES     # of one word of each of 32 rows
 HALVES = range(LANES // WIDTH)
+CACHE_LINE, AHEAD = 64, 4096   # bytes
 
 
 # ---- activations --------------------------------------------------------------------------------------------------------
@@ -168,6 +170,10 @@ def build(emit: Emitter, kind: Kind, tokens: int, operands: Operands) -> None:
     steps = kind.group // 4
     with tools.for_range(builder, operands.records) as loop:
         place = emit.times(loop.index, 4 * RECORD)
+        if tokens == 1:                                  # bound by memory: each cache line is asked for 4 KiB early
+            size = kind.low_bits * WORD_BYTES            # of a record's words
+            for line in range(0, size, CACHE_LINE):
+                emit.prefetch(operands.low, emit.times(loop.index, size), AHEAD + line)
         for part in range(COLUMNS // kind.group):
             sums = [[[emit.ints(0)] * 3 for _ in HALVES] for _ in range(tokens)]
             for step in range(part * steps, (part + 1) * steps):
@@ -263,27 +269,33 @@ MATRIX = np.dtype(
 
 
 @inner
+def block_totals(
+    matrices: NDArray[Any], number: int, records: Words, b: int, t: int, tokens: int, total: Floats
+) -> None:
+    """The products of 32 rows with a tile of tokens from t on, (TILE, 32)."""
+    m = matrices[number]
+    row_bytes = records.shape[1] * RECORD * 4
+    call(
+        m.one if tokens == 1 else m.many,
+        (
+            m.low + b * m.low_stride, m.high + b * m.high_stride, m.table, m.scale + b * m.scale_stride,
+            m.minimum + b * m.minimum_stride, m.fine + b * m.fine_stride, m.fine_minimum + b * m.fine_stride,
+            np.int64(records.ctypes.data) + t * row_bytes, row_bytes, m.records, np.int64(total.ctypes.data),
+        ),
+    )  # fmt: skip
+
+
+@inner
 def block_products(
-    matrix: NDArray[Any], number: int, records: Words, b: int, tokens: int, out: Floats, first: int, add: bool
+    matrices: NDArray[Any], number: int, records: Words, b: int, tokens: int, out: Floats, first: int, add: bool
 ) -> None:
     """The products of 32 rows with all tokens."""
-    m = matrix[number]
     total = np.empty((TILE, LANES), np.float32)
-    tile = 1 if tokens == 1 else TILE
-    function = m.one if tokens == 1 else m.many
-    row_bytes = records.shape[1] * RECORD * 4
     start = first + b * LANES
-    width = min(LANES, m.rows - b * LANES)
-    for t in range(0, tokens, tile):
-        call(
-            function,
-            (
-                m.low + b * m.low_stride, m.high + b * m.high_stride, m.table, m.scale + b * m.scale_stride,
-                m.minimum + b * m.minimum_stride, m.fine + b * m.fine_stride, m.fine_minimum + b * m.fine_stride,
-                np.int64(records.ctypes.data) + t * row_bytes, row_bytes, m.records, np.int64(total.ctypes.data),
-            ),
-        )  # fmt: skip
-        for i in range(min(tile, tokens - t)):
+    width = min(LANES, matrices[number].rows - b * LANES)
+    for t in range(0, tokens, TILE):
+        block_totals(matrices, number, records, b, t, tokens, total)
+        for i in range(min(TILE, tokens - t)):
             if add:
                 for r in range(width):
                     out[t + i, start + r] += total[i, r]
@@ -292,8 +304,27 @@ def block_products(
                     out[t + i, start + r] = total[i, r]
 
 
+@inner
+def share_products(
+    matrices: NDArray[Any], number: int, records: Words, tokens: int, out: Floats, first: int, add: bool,
+    shares: NDArray[np.int64], worker: int,
+) -> None:
+    """What one thread does of the blocks."""
+    blocks = matrices[number].blocks
+    b = next_task(shares, worker, blocks)
+    while b >= 0:
+        block_products(matrices, number, records, b, tokens, out, first, add)
+        b = next_task(shares, worker, blocks)
+
+
 @kernel
-def products(matrix: NDArray[Any], records: Words, out: Floats, first: int, add: bool, tokens: int) -> None:
-    """out[:tokens, first : first + rows] = (or +=, if add) x W^T. records: (T rounded up to a tile, columns / 32, RECORD)."""
-    for block in prange(matrix[0].blocks):
-        block_products(matrix, 0, records, signed(block), tokens, out, first, add)
+def products(
+    matrices: NDArray[Any], number: int, records: Words, out: Floats, first: int, add: bool, tokens: int, workers: int
+) -> None:
+    """out[:tokens, first : first + rows] = (or +=, if add) x W^T, for matrices[number].
+
+    records: (T rounded up to a tile, columns / 32, RECORD).
+    """
+    shares = new_shares(workers)
+    for worker in prange(workers):
+        share_products(matrices, number, records, tokens, out, first, add, shares, signed(worker))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 
-__all__ = ["LANES", "careful", "helper", "inner", "kernel", "signed"]
+__all__ = ["LANES", "careful", "driver", "helper", "inner", "kernel", "signed"]
 
 log = logging.getLogger(__name__)
 njit: Any = numba.njit     # its stubs do not know options that are given as a dict
@@ -37,6 +37,14 @@ def kernel(function: Function) -> Function:
     except RuntimeError as error:   # numba found no folder that it may write its cache to
         log.warning("kernels are compiled at every start (set NUMBA_CACHE_DIR to a writable folder): %s", error)
         return cast(Function, njit(**options)(function))
+
+
+def driver(function: Function) -> Function:
+    """What calls kernels one after another; only the compute thread may call it."""
+    try:
+        return cast(Function, njit(cache=True, **OPTIONS)(function))
+    except RuntimeError:            # no folder for the cache: kernel() has said it
+        return cast(Function, njit(**OPTIONS)(function))
 
 
 def inner(function: Function) -> Function:

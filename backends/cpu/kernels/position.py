@@ -48,6 +48,23 @@ def write(qkv: Floats, t: int, heads: int, slot: int, keys: Floats, values: Floa
             values[page, layer, h, offset, i] = qkv[t, value + i]
 
 
+@inner
+def position_row(
+    qkv: Floats, bias: Floats, query_norm: Floats, key_norm: Floats, epsilon: np.float32, cosine: Floats, sine: Floats,
+    interleaved: bool, slots: NDArray[np.int64], keys: Floats, values: Floats, layer: int, t: int,
+) -> None:
+    kv_heads, size = keys.shape[2], keys.shape[3]
+    heads = qkv.shape[1] // size - 2 * kv_heads
+    for i in range(bias.shape[0]):
+        qkv[t, i] += bias[i]
+    for h in range(heads + kv_heads):
+        norm = query_norm if h < heads else key_norm
+        if norm.shape[0] > 0:
+            head_norm(qkv, t, h * size, norm, epsilon)
+        rotate(qkv, t, h * size, cosine, sine, interleaved)
+    write(qkv, t, heads, slots[t], keys, values, layer)
+
+
 @kernel
 def rotate_and_write(
     qkv: Floats,                    # (T, (heads + 2 kv heads) size), changed in place
@@ -63,15 +80,12 @@ def rotate_and_write(
     values: Floats,
     layer: int,
 ) -> None:
-    kv_heads, size = keys.shape[2], keys.shape[3]
-    heads = qkv.shape[1] // size - 2 * kv_heads
-    for token in prange(slots.shape[0]):
-        t = signed(token)
-        for i in range(bias.shape[0]):
-            qkv[t, i] += bias[i]
-        for h in range(heads + kv_heads):
-            norm = query_norm if h < heads else key_norm
-            if norm.shape[0] > 0:
-                head_norm(qkv, t, h * size, norm, epsilon)
-            rotate(qkv, t, h * size, cosine, sine, interleaved)
-        write(qkv, t, heads, slots[t], keys, values, layer)
+    if slots.shape[0] == 1:                # a launch of threads would take longer
+        position_row(
+            qkv, bias, query_norm, key_norm, epsilon, cosine, sine, interleaved, slots, keys, values, layer, 0
+        )  # fmt: skip
+    else:
+        for token in prange(slots.shape[0]):
+            position_row(
+                qkv, bias, query_norm, key_norm, epsilon, cosine, sine, interleaved, slots, keys, values, layer, signed(token)
+            )  # fmt: skip

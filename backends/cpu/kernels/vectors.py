@@ -82,6 +82,11 @@ class Emitter:
         """a b + c, rounded once."""
         return self.call("llvm.fma.v16f32", FLOATS, a, b, c)
 
+    def prefetch(self, address: Value, *offsets: Value | int) -> None:
+        """Bring a cache line that will be read into all caches; an address that is nobody's does no harm."""
+        pointer = self.builder.inttoptr(self.at(address, *offsets), ir.IntType(8).as_pointer())
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, INT(0), INT(3), INT(1))
+
     def byte_products(self, total: Value, unsigned: Value, signed: Value) -> Value:
         """Lanes of total + the sum of four products of bytes (vpdpbusd)."""
         name = "llvm.x86.avx512.vpdpbusd.512"
