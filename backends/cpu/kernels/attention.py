@@ -1,48 +1,36 @@
 """Paged attention: softmax(scale q k) v over the pages of each row, causal, with sliding window and soft cap.
 
 A task is a block of a row's queries for one key/value head: its lines (queries x heads of the group) share every load of
-a key and a value. Keys are lanes: 32 scores at a time. The softmax is online, page after page from the row's first one,
-so a query's result has the same bits whatever the block, the chunk or the company that it came in. ops.py calls `attend`.
+a key and a value. Keys are lanes: 32 scores at a time. The softmax is online, page after page within a segment of 16 pages,
+and segments are merged from the first one on; so a query's result has the same bits whatever the block, the chunk or the
+company that it came in, and whether its segments were one task or many. ops.py calls `attend`.
 """
 
 import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from backends.cpu.kernels.arithmetic import dot4, exponential, tanh
+from backends.cpu.kernels.arithmetic import exponential, tanh
 from backends.cpu.kernels.groups import SPAN, Groups, prepare
 from backends.cpu.kernels.jit import LANES, inner, kernel, signed
+from backends.cpu.kernels.sharing import new_shares, next_task
+from backends.cpu.kernels.tiles import WIDTH, score_tile, value_tile
 
-__all__ = ["BLOCK_FIELDS", "TILE", "attend"]
+__all__ = ["BLOCK_FIELDS", "attend"]
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
+Room = tuple[Floats, Longs]                # of lines: scores of a page (lines, 32), first and last key seen of it (2, lines)
+State = tuple[Floats, Floats, Floats]      # of lines: out (lines, size), mass (lines, 32), top (lines,)
 
 BLOCK_FIELDS = 4   # first token, queries, row, keys that the first query sees
-TILE = 4           # lines that share the loads of a key or value; a block's lines are padded to it
+TILE, NARROW = 8, 4        # lines that share the loads of a key or value; a block's lines are padded to the lesser
+SEGMENT = 16               # pages
+ENOUGH = 4                 # tasks of a thread, from which on they are not cut into segments
 
 FAR = np.float32(-1e30)   # instead of -inf, which fastmath does not allow
 ZERO, ONE = np.float32(0), np.float32(1)
-
-
-@inner
-def score_page(q: Floats, line: int, keys: Floats, page: int, layer: int, head: int, scores: Floats) -> None:
-    """Scores of four lines with a page's 32 keys."""
-    for i in range(line, line + TILE):
-        for j in range(LANES):
-            scores[i, j] = ZERO
-    for d in range(0, q.shape[1], 4):
-        a0, a1, a2, a3 = q[line, d], q[line, d + 1], q[line, d + 2], q[line, d + 3]
-        b0, b1, b2, b3 = q[line + 1, d], q[line + 1, d + 1], q[line + 1, d + 2], q[line + 1, d + 3]
-        c0, c1, c2, c3 = q[line + 2, d], q[line + 2, d + 1], q[line + 2, d + 2], q[line + 2, d + 3]
-        d0, d1, d2, d3 = q[line + 3, d], q[line + 3, d + 1], q[line + 3, d + 2], q[line + 3, d + 3]
-        for j in range(LANES):
-            k0, k1 = keys[page, layer, head, d, j], keys[page, layer, head, d + 1, j]
-            k2, k3 = keys[page, layer, head, d + 2, j], keys[page, layer, head, d + 3, j]
-            scores[line, j] = dot4(scores[line, j], k0, k1, k2, k3, a0, a1, a2, a3)
-            scores[line + 1, j] = dot4(scores[line + 1, j], k0, k1, k2, k3, b0, b1, b2, b3)
-            scores[line + 2, j] = dot4(scores[line + 2, j], k0, k1, k2, k3, c0, c1, c2, c3)
-            scores[line + 3, j] = dot4(scores[line + 3, j], k0, k1, k2, k3, d0, d1, d2, d3)
 
 
 @inner
@@ -71,68 +59,111 @@ def weigh(scores: Floats, line: int, low: int, high: int, cap: np.float32, top: 
 
 
 @inner
-def gather_values(weights: Floats, line: int, values: Floats, page: int, layer: int, head: int, out: Floats) -> None:
-    """out += weights x a page's 32 values, four lines and four keys at a time, in the order of the keys."""
-    for j in range(0, LANES, 4):
-        a0, a1, a2, a3 = weights[line, j], weights[line, j + 1], weights[line, j + 2], weights[line, j + 3]
-        b0, b1, b2, b3 = (
-            weights[line + 1, j], weights[line + 1, j + 1], weights[line + 1, j + 2], weights[line + 1, j + 3]
-        )
-        c0, c1, c2, c3 = (
-            weights[line + 2, j], weights[line + 2, j + 1], weights[line + 2, j + 2], weights[line + 2, j + 3]
-        )
-        d0, d1, d2, d3 = (
-            weights[line + 3, j], weights[line + 3, j + 1], weights[line + 3, j + 2], weights[line + 3, j + 3]
-        )
-        for i in range(out.shape[1]):
-            v0, v1 = values[page, layer, head, j, i], values[page, layer, head, j + 1, i]
-            v2, v3 = values[page, layer, head, j + 2, i], values[page, layer, head, j + 3, i]
-            out[line, i] = dot4(out[line, i], v0, v1, v2, v3, a0, a1, a2, a3)
-            out[line + 1, i] = dot4(out[line + 1, i], v0, v1, v2, v3, b0, b1, b2, b3)
-            out[line + 2, i] = dot4(out[line + 2, i], v0, v1, v2, v3, c0, c1, c2, c3)
-            out[line + 3, i] = dot4(out[line + 3, i], v0, v1, v2, v3, d0, d1, d2, d3)
+def tile_of_page(
+    q: Floats, line: int, keys: Floats, values: Floats, page: int, layer: int, head: int, scores: Floats, out: Floats,
+    lows: Longs, highs: Longs, cap: np.float32, top: Floats, mass: Floats, lines: int,
+) -> None:  # fmt: skip
+    """What a page adds to a tile of lines; each sees the keys lows <= j < highs of it."""
+    size = q.shape[1]
+    wide = lines - line > NARROW
+    stop = line + (TILE if wide else NARROW)
+    q_at, key_at = np.int64(q[line].ctypes.data), np.int64(keys[page, layer, head].ctypes.data)
+    scores_at = np.int64(scores[line].ctypes.data)
+    if wide:
+        score_tile(TILE, q_at, key_at, size, scores_at)
+    else:
+        score_tile(NARROW, q_at, key_at, size, scores_at)
+    for i in range(line, stop):
+        if i < lines and lows[i] < highs[i]:
+            weigh(scores, i, lows[i], highs[i], cap, top, mass, out)
+        else:
+            for j in range(LANES):
+                scores[i, j] = ZERO
+    value_at, out_at = np.int64(values[page, layer, head].ctypes.data), np.int64(out[line].ctypes.data)
+    if wide:
+        value_tile(TILE, scores_at, value_at, size, out_at)
+    else:
+        value_tile(NARROW, scores_at, value_at, size, out_at)
+    for i in range(line, stop):
+        for c in range(size // WIDTH * WIDTH, size):     # what does not fill a vector
+            total = out[i, c]
+            for j in range(LANES):
+                total += scores[i, j] * values[page, layer, head, j, c]
+            out[i, c] = total
 
 
 @inner
-def attend_block(
-    qkv: Floats, keys: Floats, values: Floats, layer: int, token: int, queries: int, table: Ints, first_limit: int,
-    head: int, group: int, scale: np.float32, window: int, cap: np.float32, result: Floats, groups: Groups,
-) -> None:
-    size = keys.shape[3]
-    lines = queries * group
-    padded = (lines + TILE - 1) // TILE * TILE
-    q, out = np.empty((padded, size), np.float32), np.empty((padded, size), np.float32)
-    scores, mass = np.empty((padded, LANES), np.float32), np.empty((padded, LANES), np.float32)
-    top = np.empty(padded, np.float32)
-    for line in range(padded):     # lines of one query stand together; those of the padding repeat the last one
-        there = min(line, lines - 1)
-        column = (head * group + there % group) * size
-        top[line] = FAR
-        for i in range(size):
-            q[line, i] = qkv[token + there // group, column + i] * scale
-            out[line, i] = ZERO
-        for j in range(LANES):
-            mass[line, j] = ZERO
-    first_page = max(0, first_limit - window) // LANES if window > 0 else 0
-    last_page = (first_limit + queries - 2) // LANES
+def segment_of(
+    q: Floats, lines: int, group: int, first_limit: int, first_page: int, last_page: int, keys: Floats, values: Floats,
+    layer: int, table: Ints, head: int, window: int, cap: np.float32, state: State, room: Room,
+) -> None:  # fmt: skip
+    """The online softmax of all lines over the pages first_page .. last_page, from nothing."""
+    out, mass, top = state
+    scores, sees = room
+    lows, highs = sees[0], sees[1]
+    clear(state)
     for number in range(first_page, last_page + 1):
         page = signed(table[number])
         start = number * LANES
-        for line in range(0, padded, TILE):
-            last_limit = first_limit + min(lines - 1, line + TILE - 1) // group
-            if last_limit <= start:
-                continue    # no line of this tile sees the page
-            score_page(q, line, keys, page, layer, head, scores)
-            for i in range(line, line + TILE):
-                limit = first_limit + i // group
-                low = max(0, limit - window - start) if window > 0 else 0
-                high = min(LANES, limit - start)
-                if i < lines and low < high:
-                    weigh(scores, i, low, high, cap, top, mass, out)
-                else:
-                    for j in range(LANES):
-                        scores[i, j] = ZERO
-            gather_values(scores, line, values, page, layer, head, out)
+        for i in range(lines):
+            limit = first_limit + i // group
+            lows[i] = max(0, limit - window - start) if window > 0 else 0
+            highs[i] = min(LANES, limit - start)
+        for line in range(0, lines, TILE):
+            if first_limit + min(lines - 1, line + TILE - 1) // group > start:      # else no line of the tile sees the page
+                tile_of_page(
+                    q, line, keys, values, page, layer, head, scores, out, lows, highs, cap, top, mass, lines
+                )  # fmt: skip
+
+
+@inner
+def clear(state: State) -> None:
+    out, mass, top = state
+    out[:] = ZERO
+    mass[:] = ZERO
+    top[:] = FAR
+
+
+@inner
+def merge(state: State, more: State, lines: int) -> None:
+    """Add a later segment's sums to those of the segments before it."""
+    out, mass, top = state
+    out_more, mass_more, top_more = more
+    for i in range(lines):
+        if top_more[i] == FAR:
+            continue                                     # the line saw nothing of the segment
+        if top[i] == FAR:
+            out[i] = out_more[i]
+            mass[i] = mass_more[i]
+            top[i] = top_more[i]
+            continue
+        best = max(top[i], top_more[i])
+        old, new = exponential(top[i] - best), exponential(top_more[i] - best)
+        top[i] = best
+        for j in range(LANES):
+            mass[i, j] = mass[i, j] * old + mass_more[i, j] * new
+        for c in range(out.shape[1]):
+            out[i, c] = out[i, c] * old + out_more[i, c] * new
+
+
+@inner
+def gather_queries(qkv: Floats, token: int, head: int, group: int, lines: int, scale: np.float32, q: Floats) -> None:
+    """Lines of one query stand together; those of the padding repeat the last one."""
+    size = q.shape[1]
+    for line in range(q.shape[0]):
+        there = min(line, lines - 1)
+        column = (head * group + there % group) * size
+        for i in range(size):
+            q[line, i] = qkv[token + there // group, column + i] * scale
+
+
+@inner
+def finish(
+    state: State, lines: int, group: int, token: int, head: int, result: Floats, groups: Groups
+) -> None:
+    """Divide by the weights' sums and write the lines to their tokens."""
+    out, mass, _ = state
+    size = out.shape[1]
     for line in range(lines):
         total = ZERO
         for j in range(LANES):
@@ -140,11 +171,132 @@ def attend_block(
         share = ONE / total
         column = (head * group + line % group) * size
         for i in range(size):
-            out[line, i] *= share
-            result[token + line // group, column + i] = out[line, i]
+            result[token + line // group, column + i] = out[line, i] * share
     if group * size % SPAN == 0:
-        for query in range(queries):
+        for query in range(lines // group):
             prepare(result, groups, token + query, head * group * size, (head + 1) * group * size)
+
+
+@inner
+def pages_of(block: Ints, window: int) -> tuple[int, int]:
+    """The first and the last page that a block's queries see."""
+    first_limit, queries = block[3], block[1]
+    first = max(0, first_limit - window) // LANES if window > 0 else 0
+    return first, (first_limit + queries - 2) // LANES
+
+
+@inner
+def new_state(lines: int, size: int) -> State:
+    return np.empty((lines, size), np.float32), np.empty((lines, LANES), np.float32), np.empty(lines, np.float32)
+
+
+@inner
+def new_room(lines: int) -> Room:
+    return np.empty((lines, LANES), np.float32), np.empty((2, lines), np.int64)
+
+
+@inner
+def attend_block(
+    qkv: Floats, keys: Floats, values: Floats, layer: int, block: Ints, table: Ints, head: int, group: int,
+    scale: np.float32, window: int, cap: np.float32, result: Floats, groups: Groups, q: Floats, state: State, more: State,
+    room: Room,
+) -> None:  # fmt: skip
+    """A block's queries for one key/value head, segment after segment."""
+    lines = block[1] * group
+    q = q[: padded(lines)]
+    gather_queries(qkv, block[0], head, group, lines, scale, q)
+    first, last = pages_of(block, window)
+    for segment in range(first // SEGMENT, last // SEGMENT + 1):
+        target = state if segment == first // SEGMENT else more
+        segment_of(
+            q, lines, group, block[3], max(first, segment * SEGMENT), min(last, segment * SEGMENT + SEGMENT - 1), keys,
+            values, layer, table, head, window, cap, target, room,
+        )  # fmt: skip
+        if segment > first // SEGMENT:
+            merge(state, more, lines)
+    finish(state, lines, group, block[0], head, result, groups)
+
+
+@inner
+def padded(lines: int) -> int:
+    return (lines + NARROW - 1) // NARROW * NARROW
+
+
+@inner
+def share_blocks(
+    qkv: Floats, keys: Floats, values: Floats, layer: int, blocks: Ints, tables: Ints, scale: np.float32, window: int,
+    cap: np.float32, result: Floats, groups: Groups, shares: Longs, worker: int,
+) -> None:  # fmt: skip
+    """What one thread does of the blocks, whole."""
+    kv_heads, size = keys.shape[2], keys.shape[3]
+    group = qkv.shape[1] // size // kv_heads - 2
+    tasks = len(blocks) * kv_heads
+    most = padded(np.max(blocks[:, 1]) * group)
+    q, room = np.empty((most, size), np.float32), new_room(most)
+    state, more = new_state(most, size), new_state(most, size)
+    task = next_task(shares, worker, tasks)
+    while task >= 0:
+        block = blocks[task // kv_heads]
+        attend_block(
+            qkv, keys, values, layer, block, tables[block[2]], task % kv_heads, group, scale, window, cap, result, groups, q,
+            state, more, room,
+        )  # fmt: skip
+        task = next_task(shares, worker, tasks)
+
+
+@inner
+def segments_of(blocks: Ints, window: int) -> int:
+    """The most segments that a block has."""
+    most = 0
+    for number in range(len(blocks)):
+        first, last = pages_of(blocks[number], window)
+        most = max(most, last // SEGMENT - first // SEGMENT + 1)
+    return most
+
+
+@inner
+def share_segments(
+    qkv: Floats, keys: Floats, values: Floats, layer: int, blocks: Ints, tables: Ints, scale: np.float32, window: int,
+    cap: np.float32, outs: Floats, masses: Floats, tops: Floats, shares: Longs, worker: int,
+) -> None:  # fmt: skip
+    """What one thread does of all blocks' segments, which it writes to (tasks, segments, lines, ...)."""
+    kv_heads, size, segments = keys.shape[2], keys.shape[3], outs.shape[1]
+    group = qkv.shape[1] // size // kv_heads - 2
+    tasks = len(blocks) * kv_heads * segments
+    most = outs.shape[2]
+    q, room = np.empty((most, size), np.float32), new_room(most)
+    task = next_task(shares, worker, tasks)
+    while task >= 0:
+        place, number = task // segments, task % segments
+        block, head = blocks[place // kv_heads], place % kv_heads
+        first, last = pages_of(block, window)
+        segment = first // SEGMENT + number
+        lines = block[1] * group
+        if segment <= last // SEGMENT:
+            mine = q[: padded(lines)]
+            gather_queries(qkv, block[0], head, group, lines, scale, mine)
+            state = outs[place, number], masses[place, number], tops[place, number]
+            segment_of(
+                mine, lines, group, block[3], max(first, segment * SEGMENT), min(last, segment * SEGMENT + SEGMENT - 1), keys,
+                values, layer, tables[block[2]], head, window, cap, state, room,
+            )  # fmt: skip
+        task = next_task(shares, worker, tasks)
+
+
+@inner
+def merge_segments(
+    blocks: Ints, place: int, kv_heads: int, group: int, window: int, outs: Floats, masses: Floats, tops: Floats,
+    result: Floats, groups: Groups,
+) -> None:  # fmt: skip
+    """What attend_block does once the segments are there."""
+    block = blocks[place // kv_heads]
+    lines = block[1] * group
+    state = new_state(padded(lines), outs.shape[3])
+    first, last = pages_of(block, window)
+    clear(state)
+    for number in range(last // SEGMENT - first // SEGMENT + 1):
+        merge(state, (outs[place, number], masses[place, number], tops[place, number]), lines)
+    finish(state, lines, group, block[0], place % kv_heads, result, groups)
 
 
 @kernel
@@ -162,13 +314,24 @@ def attend(
     result: Floats,         # (T, heads size)
     groups: Groups,         # of the result; prepared here if the columns of a task divide into spans
 ) -> None:
-    kv_heads = keys.shape[2]
-    group = qkv.shape[1] // keys.shape[3] // kv_heads - 2
-    tasks = blocks.shape[0] * kv_heads
-    for number in prange(workers):
-        for task in range(signed(number), tasks, workers):
-            block = blocks[task // kv_heads]
-            attend_block(
-                qkv, keys, values, layer, block[0], block[1], tables[block[2]], block[3], task % kv_heads, group, scale,
-                window, cap, result, groups,
-            )
+    kv_heads, size = keys.shape[2], keys.shape[3]
+    group = qkv.shape[1] // size // kv_heads - 2
+    tasks = len(blocks) * kv_heads
+    segments = segments_of(blocks, window)
+    shares = new_shares(workers)
+    if segments == 1 or tasks >= ENOUGH * workers:
+        for worker in prange(workers):
+            share_blocks(
+                qkv, keys, values, layer, blocks, tables, scale, window, cap, result, groups, shares, signed(worker)
+            )  # fmt: skip
+    else:
+        lines = padded(np.max(blocks[:, 1]) * group)
+        outs = np.empty((tasks, segments, lines, size), np.float32)
+        masses = np.empty((tasks, segments, lines, LANES), np.float32)
+        tops = np.empty((tasks, segments, lines), np.float32)
+        for worker in prange(workers):
+            share_segments(
+                qkv, keys, values, layer, blocks, tables, scale, window, cap, outs, masses, tops, shares, signed(worker)
+            )  # fmt: skip
+        for place in range(tasks):
+            merge_segments(blocks, place, kv_heads, group, window, outs, masses, tops, result, groups)
