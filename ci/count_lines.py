@@ -10,7 +10,8 @@ import tokenize
 from pathlib import Path
 
 CORE = (
-    "api", "loading", "prompts", "stream", "core", "scheduler", "packing", "pages", "sequence", "step", "backend", "sampling",
+    "api", "loading", "prompts", "stream", "core", "pace", "scheduler", "packing", "pages", "sequence", "step", "backend",
+    "sampling",
 )
 LIMIT = 2000
 NO_CODE = frozenset(

@@ -19,6 +19,7 @@ from anyio.lowlevel import current_token
 from engine.backend import Backend, Ticket
 from engine.errors import BackendError, EngineClosed, Overloaded, RilletError, StepFailed
 from engine.metrics import Metrics
+from engine.pace import Pace
 from engine.packing import Plan
 from engine.scheduler import Scheduler
 from engine.sequence import Request, State
@@ -103,6 +104,7 @@ class Core:
         self._device = device
         self._most = most                                 # sequences waiting or running
         self._lookahead = lookahead
+        self._pace = Pace(scheduler.limits.beside_decoding, scheduler.limits.max_batch_tokens)
         self._live: dict[int, Request] = {}
         self._sequences = 0                               # of live requests
         self._work = anyio.Event()
@@ -188,6 +190,7 @@ class Core:
 
     async def _until_idle(self) -> None:
         flying: tuple[Plan, Ticket] | None = None
+        began = monotonic()                               # when the device could begin with what is in flight
         while flying is not None or self.scheduler.has_work:
             plan = self.scheduler.plan() if flying is None or self._lookahead else None
             if plan is None and flying is None:
@@ -195,9 +198,14 @@ class Core:
                     f"nothing can run though {len(self.scheduler.waiting)} sequences wait and {len(self.scheduler.running)} "
                     f"run ({self.scheduler.pool.counts()}): this is a bug of Rillet, please report it"
                 )
+            began = began if flying is not None else monotonic()
             ticket, output = await self._device.call(self._turn, plan and plan.step, flying and flying[1])
             if flying is not None and output is not None:
+                now = monotonic()
+                self._pace.observe(*_tokens_of(flying[0]), now - began)
+                began = now
                 self._deliver(flying[0], output)
+                self.scheduler.beside_decoding = self._pace.bound(len(self.scheduler.running))
             flying = (plan, ticket) if plan is not None and ticket is not None else None
         self._audit()
         self._idle.set()
@@ -260,3 +268,9 @@ class Core:
         self._live.clear()
         self._sequences = 0
         self._idle.set()
+
+
+def _tokens_of(plan: Plan) -> tuple[int, int]:
+    """Decoding rows and tokens of prompts in a step."""
+    prompts = sum(row.count for row in plan.prefills)
+    return plan.step.token_count - prompts, prompts

@@ -22,7 +22,8 @@ __all__ = ["Limits", "Scheduler"]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one step and of the company in it. beside_decoding: tokens of prompts in a step that also decodes."""
+    """Bounds of one step and of the company in it. beside_decoding: tokens of prompts in a step that also decodes,
+    as long as nobody knows how long a step takes."""
 
     max_num_seqs: int
     max_batch_tokens: int
@@ -44,6 +45,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.beside_decoding = limits.beside_decoding       # of this step; the core's pace lowers and raises it
         self.submitted = 0                                  # number of the last ticket planned ...
         self.completed = 0                                  # ... and of the last one delivered
         self._copies: dict[int, int] = {}                   # target page -> source page, for the next step
@@ -142,7 +144,7 @@ class Scheduler:
         rows = [Row(s, s.computed, 1) for s in decoding if s.state is State.RUNNING]
         budget = self.limits.max_batch_tokens - len(rows)
         if rows:
-            budget = min(budget, self.limits.beside_decoding)
+            budget = min(budget, self.beside_decoding)
         places = self.limits.max_places - len(rows)
         decodes = len(rows)
         for sequence in [*self.running]:

@@ -170,10 +170,9 @@ def build(emit: Emitter, kind: Kind, tokens: int, operands: Operands) -> None:
     steps = kind.group // 4
     with tools.for_range(builder, operands.records) as loop:
         place = emit.times(loop.index, 4 * RECORD)
-        if tokens == 1:                                  # bound by memory: each cache line is asked for 4 KiB early
-            size = kind.low_bits * WORD_BYTES            # of a record's words
-            for line in range(0, size, CACHE_LINE):
-                emit.prefetch(operands.low, emit.times(loop.index, size), AHEAD + line)
+        size = kind.low_bits * WORD_BYTES                # of a record's words
+        for line in range(0, size, CACHE_LINE):          # each cache line is asked for 4 KiB early
+            emit.prefetch(operands.low, emit.times(loop.index, size), AHEAD + line)
         for part in range(COLUMNS // kind.group):
             sums = [[[emit.ints(0)] * 3 for _ in HALVES] for _ in range(tokens)]
             for step in range(part * steps, (part + 1) * steps):

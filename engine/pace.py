@@ -1,0 +1,47 @@
+"""How many tokens of prompts go beside decoding rows: as many as leave the running streams their pace. The core asks.
+
+The scheduler knows no clock; the core tells a Pace how long each step took, and sets the scheduler's bound from it. A step of
+decoding rows alone takes so long; each token of a prompt adds so much; the bound is what makes a step STRETCH times as long.
+"""
+
+__all__ = ["Pace"]
+
+STRETCH = 2.0       # a step with prompts to one without
+SHARE = 0.25        # of a new measurement in what is known
+LEAST = 8           # tokens: a prompt goes on, whatever it costs the others
+
+
+class Pace:
+    """Learns from steps. first: the bound as long as nothing is known; most: the bound above all."""
+
+    def __init__(self, first: int, most: int) -> None:
+        self._first, self._most = first, most
+        self._decode_s: dict[int, float] = {}           # by the bits of the number of rows: 1, 2-3, 4-7, ...
+        self._token_s: float | None = None
+
+    def observe(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
+        """A step of so many decoding rows and tokens of prompts took so long."""
+        bits = decoding.bit_length()
+        if not prompt_tokens:
+            self._decode_s[bits] = _mixed(self._decode_s.get(bits), seconds)
+            return
+        alone = self._decode_of(bits) if decoding else 0.0
+        if alone is not None and (decoding or prompt_tokens >= LEAST):
+            self._token_s = _mixed(self._token_s, max(seconds - alone, seconds / 100) / prompt_tokens)
+
+    def bound(self, decoding: int) -> int:
+        """Tokens of prompts that may stand beside so many decoding rows."""
+        alone = self._decode_of(decoding.bit_length())
+        if alone is None or self._token_s is None:
+            return self._first
+        return int(min(max((STRETCH - 1) * alone / self._token_s, LEAST), self._most))
+
+    def _decode_of(self, bits: int) -> float | None:
+        """Seconds of a step of decoding rows, from the nearest number that was seen; the lower one of two as near."""
+        if not self._decode_s:
+            return None
+        return self._decode_s[min(self._decode_s, key=lambda known: (abs(known - bits), known))]
+
+
+def _mixed(known: float | None, new: float) -> float:
+    return new if known is None else (1 - SHARE) * known + SHARE * new
