@@ -1,4 +1,5 @@
-"""SRV: what clients of a real server feel. First token and time between tokens, alone and while a long prompt comes in.
+"""SRV: what clients of a real server feel. First token and time between tokens, alone and while a long prompt comes in, and
+how long a token is under way from where it was drawn to the client.
 
 The server is a process of its own; clients are sockets in this one, which only notes when bytes arrive.
 """
@@ -8,9 +9,11 @@ import selectors
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from engine.bench.figures import Figure
 from engine.bench.own_cost import free_port, wait_ready
@@ -30,6 +33,7 @@ class Client:
 
     connection: socket.socket
     began: float
+    first_id: int              # of its prompt: no other request of the run has it
     arrivals: list[float] = field(default_factory=list)      # one per event with a token
     rest: bytes = b""
 
@@ -37,18 +41,22 @@ class Client:
 def serving_figures(config: EngineConfig) -> Iterator[Figure]:
     model = model_path(config)
     port = free_port()
-    command = [sys.executable, "-m", "server", "--f", str(model), "--port", str(port), "--backend", config.backend]
-    if config.threads:
-        command += ["--threads", str(config.threads)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:  # noqa: S603 (our own)
-        try:
-            wait_ready(f"http://127.0.0.1:{port}/ready", child)
-            _stream(port, 1, 0)
-            alone = _stream(port, STREAMS, 1)
-            beside = _stream(port, STREAMS, 2, beside=LONG)
-        finally:
-            child.terminate()
-            child.wait(30)
+    with tempfile.TemporaryDirectory() as folder:
+        stamps = Path(folder) / "stamps.json"
+        command = [sys.executable, "-m", "engine.bench.stamped_server", str(stamps), "--f", str(model), "--port", str(port)]
+        command += ["--backend", config.backend]
+        if config.threads:
+            command += ["--threads", str(config.threads)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:  # noqa: S603 (our own)
+            try:
+                wait_ready(f"http://127.0.0.1:{port}/ready", child)
+                _stream(port, 1, 0)
+                alone = _stream(port, STREAMS, 1)
+                beside = _stream(port, STREAMS, 2, beside=LONG)
+            finally:
+                child.terminate()
+                child.wait(30)
+        drawn = {int(first): times for first, times in json.loads(stamps.read_text("utf-8")).items()}
     settings = f"{STREAMS} streams, prompt {PROMPT}, {ANSWER} tokens, /v1/completions"
     firsts = sorted(client.arrivals[0] - client.began for client in alone)
     yield Figure("SRV first token, p50", firsts[len(firsts) // 2] * 1e3, "ms", settings)
@@ -56,6 +64,11 @@ def serving_figures(config: EngineConfig) -> Iterator[Figure]:
     gaps, gaps_beside = _gaps(alone), _gaps(beside)
     yield Figure("SRV between tokens, p50", _share(gaps, 0.5) * 1e3, "ms", settings)
     yield Figure("SRV between tokens, p99", _share(gaps, 0.99) * 1e3, "ms", settings)
+    under_way = sorted(
+        arrival - when for client in alone for arrival, when in zip(client.arrivals, drawn[client.first_id], strict=False)
+    )
+    yield Figure("SRV drawn to client, p50", _share(under_way, 0.5) * 1e3, "ms", settings)
+    yield Figure("SRV drawn to client, p99", _share(under_way, 0.99) * 1e3, "ms", settings, "<= 10")
     slow = _share(gaps_beside, 0.99)
     yield Figure("SRV beside a prompt, p99", slow * 1e3, "ms", f"the same while a prompt of {LONG:,} tokens is prefilled")
     yield Figure("SRV beside / alone", slow / _share(gaps, 0.5), "x", "p99 beside over p50 alone", "<= 3")
@@ -78,7 +91,7 @@ def _open(port: int, prompt: list[int], tokens: int) -> Client:
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode()
     connection = socket.create_connection(("127.0.0.1", port))
-    client = Client(connection, time.perf_counter())
+    client = Client(connection, time.perf_counter(), prompt[0])
     connection.sendall(head + body)
     return client
 

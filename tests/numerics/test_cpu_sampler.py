@@ -88,6 +88,19 @@ def test_greedy_takes_the_largest_and_ties_go_to_the_lowest_id() -> None:
     assert draw(logits, step(4)).tokens.tolist() == [logits[0].argmax(), 77, 0, 0]
 
 
+@pytest.mark.parametrize("width", [1, 31, 511, 512, 513, 1024, V])
+def test_greedy_finds_the_largest_wherever_it_stands(width: int) -> None:
+    at = sorted({0, 1, 30, 31, 32, 510, 511, 512, 513, 1023, width // 2, width - 2, width - 1} & set(range(width)))
+    logits = -np.abs(numbers(len(at)))[:, :width] - 1
+    logits[np.arange(len(at)), at] = -0.5
+    tied = logits.copy()
+    tied[:, -1] = -0.5
+    sampler = Sampler(width, 2)
+    for rows in (logits, tied):
+        drawn = sampler.draw(step(len(at)), NOTHING, lambda chosen, rows=rows: np.ascontiguousarray(rows[chosen]))
+        assert drawn.tokens.tolist() == rows.argmax(1).tolist()
+
+
 SETTINGS = [
     (1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.0, 1, 1.0, 0.0), (1.5, 40, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.0, 0, 0.05, 0.0),
     (1.0, 0, 1.0, 0.1), (0.8, 50, 0.95, 0.05), (3.0, 2000, 0.999, 0.0), (0.01, 0, 1.0, 0.0), (1.0, V + 5, 1.0, 0.0),
@@ -221,12 +234,14 @@ def test_logprobs_and_alternatives_are_of_the_raw_model_and_sorted() -> None:
     assert np.isneginf(out.top_logprobs[2, 3:]).all()
 
 
+@pytest.mark.parametrize("at", [1234, V - 1])
+@pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_fail_the_step(broken: float) -> None:
+def test_logits_that_are_not_finite_fail_the_step(broken: float, temperature: int, at: int) -> None:
     logits = numbers(3)
-    logits[1, 1234] = broken
+    logits[1, at] = broken
     with pytest.raises(StepFailed, match="place 1 of 3 cannot be sampled: the model's logits are not finite"):
-        draw(logits, step(3, temperature=np.ones(3, np.float32), top_p=np.full(3, 0.5, np.float32)))
+        draw(logits, step(3, temperature=np.full(3, temperature, np.float32), top_p=np.full(3, 0.5, np.float32)))
 
 
 def test_a_grammar_that_allows_nothing_fails_the_step() -> None:
