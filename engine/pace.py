@@ -8,7 +8,7 @@ __all__ = ["Pace"]
 
 STRETCH = 2.0       # a step with prompts to one without
 SHARE = 0.25        # of a new measurement in what is known
-LEAST = 8           # tokens: a prompt goes on, whatever it costs the others
+LEAST = 4           # tokens: a prompt goes on, whatever it costs the others
 
 
 class Pace:

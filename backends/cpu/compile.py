@@ -1,4 +1,4 @@
-"""A second process that compiles attention and sampling on a first start, while this one compiles the rest.
+"""A second process that compiles attention and rope on a first start, while this one compiles the rest.
 
 session.py starts it when Numba's cache does not have them; `python -m backends.cpu.compile` is what it runs. Numba compiles
 under one lock, so that a thread would not help. Without a second core, or if the process fails, this one compiles all.
@@ -11,16 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from backends.cpu.host import usable_cores
 from backends.cpu.kernels.attention import attend
 from backends.cpu.kernels.sampling import sample
 from backends.cpu.model import make_cache, step_shape
 from backends.cpu.ops import Ops
 from backends.cpu.rope import Rotation
-from backends.cpu.sampler import Sampler
-from backends.cpu.warm_up import VOCABULARY, tiny_spec, warm_up_step
+from backends.cpu.warm_up import no_weights, tiny_spec, warm_up_step
 
 __all__ = ["compiling_aside", "is_compiled"]
 
@@ -64,8 +61,9 @@ def main() -> None:
     spec, step = tiny_spec(), warm_up_step(2)
     ops, layer = Ops(1, spec.norm_epsilon), spec.layers[0].attention
     qkv = ops.rows("qkv", 2, (layer.heads + 2 * layer.kv_heads) * layer.head_size)
-    ops.attend(qkv, 0, layer, make_cache(spec, 1), step_shape(spec, step, Rotation.of(layer.rope)))
-    Sampler(VOCABULARY, 1).draw(step, np.empty(0, np.int32), lambda at: np.zeros((len(at), VOCABULARY), np.float32))
+    cache, shape = make_cache(spec, 1), step_shape(spec, step, Rotation.of(layer.rope))
+    ops.attend(qkv, 0, layer, cache, shape)
+    ops.rotate(qkv, 0, layer, no_weights(), cache, shape)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.cpu.kernels.forward import ATTENTION_OUTPUT, DOWN, GATE, QUERY, SLOTS, UP, forward
+from backends.cpu.kernels.forward import ATTENTION_OUTPUT, DOWN, GATE, QUERY, SLOTS, UP, forward, gated_products
 from backends.cpu.kernels.integer import MATRIX
 from backends.cpu.kernels.jit import LANES
 from backends.cpu.matrices import Planes
@@ -21,6 +21,7 @@ from engine.model.spec import Attention, Dense, Layer, ModelSpec
 __all__ = ["Fused"]
 
 FloatArray = NDArray[np.float32]
+NUMBERS = np.arange(SLOTS, dtype=np.int64)
 STRIDES = {
     "low": "low_stride", "high": "high_stride", "scale": "scale_stride", "minimum": "minimum_stride", "fine": "fine_stride",
     "fine_minimum": "fine_stride",
@@ -77,8 +78,13 @@ class Fused:
             self.matrices, self.norms, self.biases, self.head_norms, self.windows, ops.epsilon, self.silu,
             np.float32(a.scale), np.float32(a.soft_cap or 0), a.rope.interleaved, at.cosine, at.sine, at.slots, at.blocks,
             at.tables, cache.keys, cache.values, ops.workers, x.tokens, x.values, normed.values, normed.groups, qkv.values,
-            mixed.values, mixed.groups, gated.values, gated.groups,
+            mixed.values, mixed.groups, gated.values, gated.groups, NUMBERS,
         )  # fmt: skip
+
+    def warm_up(self, ops: Ops, x: Rows) -> None:
+        """Compile what no other step of a warm-up compiles beside attention, by running it on no tokens."""
+        gated = ops.rows("gated", 1, self.width)
+        gated_products(self.matrices[0], x.groups, self.silu, gated.values, gated.groups, 0, ops.workers)
 
 
 def same_kind(one: Attention, other: Attention) -> bool:

@@ -90,6 +90,7 @@ class Model:
         """Compile what the layers have beside attention, on a step of one token."""
         x = self.ops.embed(np.zeros(1, np.int32), self.weights.embedding, self.spec.hidden_size)
         if self.fused is not None:
+            self.fused.warm_up(self.ops, x)
             self.logits(self.final_states(x, np.zeros(1, np.intp)))
             return
         first, attention = self.weights.layers[0], self.spec.layers[0].attention

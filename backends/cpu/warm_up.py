@@ -5,10 +5,11 @@ session.py and compile.py use them; the dtypes and layouts of their arrays are t
 
 import numpy as np
 
+from backends.cpu.weights import DenseWeights, LayerWeights, Stack
 from engine.model.spec import Attention, Dense, Layer, ModelSpec, Rope
 from engine.step import FloatArray, IntArray, StepInput
 
-__all__ = ["VOCABULARY", "tiny_spec", "warm_up_step"]
+__all__ = ["VOCABULARY", "no_weights", "tiny_spec", "warm_up_step"]
 
 VOCABULARY = 32
 
@@ -16,6 +17,14 @@ VOCABULARY = 32
 def tiny_spec() -> ModelSpec:
     attention = Attention(heads=1, kv_heads=1, head_size=16, scale=1.0, rope=Rope(10000.0, 16, interleaved=False))
     return ModelSpec("tiny", VOCABULARY, 16, (Layer(attention, Dense(16)),), 1e-5, tied_output=True, context_length=32)
+
+
+def no_weights() -> LayerWeights:
+    """A layer without anything."""
+    nothing, stack = np.zeros(0, np.float32), Stack(0, ())
+    return LayerWeights(
+        nothing, stack, nothing, nothing, nothing, stack, nothing, nothing, nothing, DenseWeights(stack, stack), nothing
+    )
 
 
 def ints(*values: int) -> IntArray:

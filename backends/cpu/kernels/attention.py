@@ -119,9 +119,12 @@ def segment_of(
 @inner
 def clear(state: State) -> None:
     out, mass, top = state
-    out[:] = ZERO
-    mass[:] = ZERO
-    top[:] = FAR
+    for i in range(len(top)):
+        top[i] = FAR
+        for j in range(LANES):
+            mass[i, j] = ZERO
+        for c in range(out.shape[1]):
+            out[i, c] = ZERO
 
 
 @inner
@@ -132,13 +135,9 @@ def merge(state: State, more: State, lines: int) -> None:
     for i in range(lines):
         if top_more[i] == FAR:
             continue                                     # the line saw nothing of the segment
-        if top[i] == FAR:
-            out[i] = out_more[i]
-            mass[i] = mass_more[i]
-            top[i] = top_more[i]
-            continue
         best = max(top[i], top_more[i])
-        old, new = exponential(top[i] - best), exponential(top_more[i] - best)
+        old = exponential(top[i] - best) if top[i] > FAR else ZERO
+        new = exponential(top_more[i] - best)
         top[i] = best
         for j in range(LANES):
             mass[i, j] = mass[i, j] * old + mass_more[i, j] * new
@@ -196,52 +195,17 @@ def new_room(lines: int) -> Room:
 
 
 @inner
-def attend_block(
-    qkv: Floats, keys: Floats, values: Floats, layer: int, block: Ints, table: Ints, head: int, group: int,
-    scale: np.float32, window: int, cap: np.float32, result: Floats, groups: Groups, q: Floats, state: State, more: State,
-    room: Room,
-) -> None:  # fmt: skip
-    """A block's queries for one key/value head, segment after segment."""
-    lines = block[1] * group
-    q = q[: padded(lines)]
-    gather_queries(qkv, block[0], head, group, lines, scale, q)
-    first, last = pages_of(block, window)
-    for segment in range(first // SEGMENT, last // SEGMENT + 1):
-        target = state if segment == first // SEGMENT else more
-        segment_of(
-            q, lines, group, block[3], max(first, segment * SEGMENT), min(last, segment * SEGMENT + SEGMENT - 1), keys,
-            values, layer, table, head, window, cap, target, room,
-        )  # fmt: skip
-        if segment > first // SEGMENT:
-            merge(state, more, lines)
-    finish(state, lines, group, block[0], head, result, groups)
-
-
-@inner
 def padded(lines: int) -> int:
     return (lines + NARROW - 1) // NARROW * NARROW
 
 
 @inner
-def share_blocks(
-    qkv: Floats, keys: Floats, values: Floats, layer: int, blocks: Ints, tables: Ints, scale: np.float32, window: int,
-    cap: np.float32, result: Floats, groups: Groups, shares: Longs, worker: int,
-) -> None:  # fmt: skip
-    """What one thread does of the blocks, whole."""
-    kv_heads, size = keys.shape[2], keys.shape[3]
-    group = qkv.shape[1] // size // kv_heads - 2
-    tasks = len(blocks) * kv_heads
-    most = padded(np.max(blocks[:, 1]) * group)
-    q, room = np.empty((most, size), np.float32), new_room(most)
-    state, more = new_state(most, size), new_state(most, size)
-    task = next_task(shares, worker, tasks)
-    while task >= 0:
-        block = blocks[task // kv_heads]
-        attend_block(
-            qkv, keys, values, layer, block, tables[block[2]], task % kv_heads, group, scale, window, cap, result, groups, q,
-            state, more, room,
-        )  # fmt: skip
-        task = next_task(shares, worker, tasks)
+def queries_of(blocks: Ints) -> int:
+    """The most queries that a block has."""
+    most = 0
+    for number in range(len(blocks)):
+        most = max(most, blocks[number, 1])
+    return most
 
 
 @inner
@@ -255,40 +219,61 @@ def segments_of(blocks: Ints, window: int) -> int:
 
 
 @inner
-def share_segments(
+def share(
     qkv: Floats, keys: Floats, values: Floats, layer: int, blocks: Ints, tables: Ints, scale: np.float32, window: int,
-    cap: np.float32, outs: Floats, masses: Floats, tops: Floats, shares: Longs, worker: int,
+    cap: np.float32, result: Floats, groups: Groups, parts: int, lines_most: int, outs: Floats, masses: Floats, tops: Floats,
+    shares: Longs, worker: int,
 ) -> None:  # fmt: skip
-    """What one thread does of all blocks' segments, which it writes to (tasks, segments, lines, ...)."""
-    kv_heads, size, segments = keys.shape[2], keys.shape[3], outs.shape[1]
+    """What one thread does: of a block and a key/value head all segments, or with `parts` > 1 one of them, whose state goes
+    to outs (tasks, parts, lines, size), masses and tops."""
+    kv_heads, size = keys.shape[2], keys.shape[3]
     group = qkv.shape[1] // size // kv_heads - 2
-    tasks = len(blocks) * kv_heads * segments
-    most = outs.shape[2]
-    q, room = np.empty((most, size), np.float32), new_room(most)
+    tasks = len(blocks) * kv_heads * parts
+    room, q_room = new_room(lines_most), np.empty((lines_most, size), np.float32)
+    state, more = new_state(lines_most, size), new_state(lines_most, size)
     task = next_task(shares, worker, tasks)
     while task >= 0:
-        place, number = task // segments, task % segments
+        place, part = task // parts, task % parts
         block, head = blocks[place // kv_heads], place % kv_heads
-        first, last = pages_of(block, window)
-        segment = first // SEGMENT + number
         lines = block[1] * group
-        if segment <= last // SEGMENT:
-            mine = q[: padded(lines)]
-            gather_queries(qkv, block[0], head, group, lines, scale, mine)
-            state = outs[place, number], masses[place, number], tops[place, number]
+        q = q_room[: padded(lines)]
+        gather_queries(qkv, block[0], head, group, lines, scale, q)
+        first, last = pages_of(block, window)
+        low, high = first // SEGMENT, last // SEGMENT
+        if parts > 1:
+            low = low + part
+            high = min(high, low)
+        clear(state)
+        for segment in range(low, high + 1):
             segment_of(
-                mine, lines, group, block[3], max(first, segment * SEGMENT), min(last, segment * SEGMENT + SEGMENT - 1), keys,
-                values, layer, tables[block[2]], head, window, cap, state, room,
+                q, lines, group, block[3], max(first, segment * SEGMENT), min(last, segment * SEGMENT + SEGMENT - 1), keys,
+                values, layer, tables[block[2]], head, window, cap, more, room,
             )  # fmt: skip
+            merge(state, more, lines)
+        if parts > 1:
+            copy_state(state, outs[place, part], masses[place, part], tops[place, part], lines)
+        else:
+            finish(state, lines, group, block[0], head, result, groups)
         task = next_task(shares, worker, tasks)
 
 
 @inner
-def merge_segments(
+def copy_state(state: State, outs: Floats, masses: Floats, tops: Floats, lines: int) -> None:
+    out, mass, top = state
+    for i in range(lines):
+        tops[i] = top[i]
+        for j in range(LANES):
+            masses[i, j] = mass[i, j]
+        for c in range(out.shape[1]):
+            outs[i, c] = out[i, c]
+
+
+@inner
+def merge_parts(
     blocks: Ints, place: int, kv_heads: int, group: int, window: int, outs: Floats, masses: Floats, tops: Floats,
     result: Floats, groups: Groups,
 ) -> None:  # fmt: skip
-    """What attend_block does once the segments are there."""
+    """What share() does where all segments are its own: merge them from the first one on."""
     block = blocks[place // kv_heads]
     lines = block[1] * group
     state = new_state(padded(lines), outs.shape[3])
@@ -317,21 +302,17 @@ def attend(
     kv_heads, size = keys.shape[2], keys.shape[3]
     group = qkv.shape[1] // size // kv_heads - 2
     tasks = len(blocks) * kv_heads
-    segments = segments_of(blocks, window)
+    segments, lines = segments_of(blocks, window), padded(queries_of(blocks) * group)
+    parts = segments if tasks < ENOUGH * workers else 1
+    kept = tasks if parts > 1 else 0
+    outs = np.empty((kept, parts, lines, size), np.float32)
+    masses = np.empty((kept, parts, lines, LANES), np.float32)
+    tops = np.empty((kept, parts, lines), np.float32)
     shares = new_shares(workers)
-    if segments == 1 or tasks >= ENOUGH * workers:
-        for worker in prange(workers):
-            share_blocks(
-                qkv, keys, values, layer, blocks, tables, scale, window, cap, result, groups, shares, signed(worker)
-            )  # fmt: skip
-    else:
-        lines = padded(np.max(blocks[:, 1]) * group)
-        outs = np.empty((tasks, segments, lines, size), np.float32)
-        masses = np.empty((tasks, segments, lines, LANES), np.float32)
-        tops = np.empty((tasks, segments, lines), np.float32)
-        for worker in prange(workers):
-            share_segments(
-                qkv, keys, values, layer, blocks, tables, scale, window, cap, outs, masses, tops, shares, signed(worker)
-            )  # fmt: skip
-        for place in range(tasks):
-            merge_segments(blocks, place, kv_heads, group, window, outs, masses, tops, result, groups)
+    for worker in prange(workers):
+        share(
+            qkv, keys, values, layer, blocks, tables, scale, window, cap, result, groups, parts, lines, outs, masses, tops,
+            shares, signed(worker),
+        )  # fmt: skip
+    for place in range(kept):
+        merge_parts(blocks, place, kv_heads, group, window, outs, masses, tops, result, groups)

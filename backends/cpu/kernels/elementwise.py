@@ -45,7 +45,7 @@ def norm_row(x: Floats, weight: Floats, epsilon: np.float32, out: Floats, groups
 @kernel
 def rms_norm(x: Floats, weight: Floats, epsilon: np.float32, out: Floats, groups: Groups, tokens: int) -> None:
     if tokens == 1:
-        norm_row(x, weight, epsilon, out, groups, 0)
+        norm_row(x, weight, epsilon, out, groups, tokens - 1)
     else:
         for token in prange(tokens):
             norm_row(x, weight, epsilon, out, groups, signed(token))
@@ -70,7 +70,7 @@ def gated_row(gate_up: Floats, is_silu: bool, out: Floats, groups: Groups, t: in
 def gated(gate_up: Floats, is_silu: bool, out: Floats, groups: Groups, tokens: int) -> None:
     """activation(gate) * up; gate_up is (T, 2 F): gate, then up."""
     if tokens == 1:                        # a launch of threads would take longer
-        gated_row(gate_up, is_silu, out, groups, 0)
+        gated_row(gate_up, is_silu, out, groups, tokens - 1)
     else:
         for token in prange(tokens):
             gated_row(gate_up, is_silu, out, groups, signed(token))

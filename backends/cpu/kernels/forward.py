@@ -18,7 +18,7 @@ from backends.cpu.kernels.jit import LANES, driver, inner, kernel, signed
 from backends.cpu.kernels.position import rotate_and_write
 from backends.cpu.kernels.sharing import new_shares, next_task
 
-__all__ = ["ATTENTION_OUTPUT", "DOWN", "GATE", "QUERY", "SLOTS", "UP", "forward"]
+__all__ = ["ATTENTION_OUTPUT", "DOWN", "GATE", "QUERY", "SLOTS", "UP", "forward", "gated_products"]
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -94,21 +94,23 @@ def forward(
     mixed_groups: Groups,
     gated: Floats,                  # (T, F)
     gated_groups: Groups,
+    number: Longs,                  # 0, 1, 2, ... SLOTS - 1: Numba would compile a kernel for each literal that it is given
 ) -> None:
+    write, add = number[0] > 0, number[0] == 0
     for layer in range(matrices.shape[0]):
         mine = matrices[layer]
         rms_norm(x, norms[layer, 0], epsilon, normed, normed_groups, tokens)
-        first = 0
+        first = number[0]
         for slot in range(QUERY, ATTENTION_OUTPUT):
             if mine[slot].blocks > 0:
-                products(mine, slot, normed_groups, qkv, first, False, tokens, workers)
+                products(mine, slot, normed_groups, qkv, first, write, tokens, workers)
                 first += mine[slot].rows
         rotate_and_write(
             qkv, biases[layer], head_norms[layer, 0], head_norms[layer, 1], epsilon, cosine, sine, interleaved, slots, keys,
             values, layer,
         )  # fmt: skip
         attend(qkv, keys, values, layer, blocks, tables, scale, windows[layer], cap, workers, mixed, mixed_groups)
-        products(mine, ATTENTION_OUTPUT, mixed_groups, x, 0, True, tokens, workers)
+        products(mine, number[ATTENTION_OUTPUT], mixed_groups, x, number[0], add, tokens, workers)
         rms_norm(x, norms[layer, 1], epsilon, normed, normed_groups, tokens)
         gated_products(mine, normed_groups, is_silu, gated, gated_groups, tokens, workers)
-        products(mine, DOWN, gated_groups, x, 0, True, tokens, workers)
+        products(mine, number[DOWN], gated_groups, x, number[0], add, tokens, workers)

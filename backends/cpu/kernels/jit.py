@@ -22,6 +22,7 @@ LANES = 32   # rows of a matrix, or keys of a page, that one inner loop runs ove
 
 # fastmath without reassoc (order of sums), arcp and afn (a vector and a scalar division would differ in their last bits)
 FAST = {"nsz", "contract", "nnan", "ninf"}
+INNER = {"nogil": True, "boundscheck": False, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 # of Numba's automatic parallel transformations only prange: the others cost compile time and launch hidden threads
 PRANGE_ONLY = {"prange": True} | dict.fromkeys(
@@ -48,13 +49,16 @@ def driver(function: Function) -> Function:
 
 
 def inner(function: Function) -> Function:
-    """What one iteration of a kernel does. Numba's cache looks at the kernel's own file only: keep the two together."""
-    return cast(Function, njit(fastmath=FAST, **OPTIONS)(function))
+    """What one iteration of a kernel does. Numba's cache looks at the kernel's own file only: keep the two together.
+
+    Only compiled code may call it: it has no way in from Python, which would cost a tenth of the time that it compiles.
+    """
+    return cast(Function, njit(fastmath=FAST, **INNER)(function))
 
 
 def careful(function: Function) -> Function:
     """An inner function whose numbers need not be finite."""
-    return cast(Function, njit(fastmath=FAST - {"nnan", "ninf"}, **OPTIONS)(function))
+    return cast(Function, njit(fastmath=FAST - {"nnan", "ninf"}, **INNER)(function))
 
 
 def helper(function: Function) -> Function:

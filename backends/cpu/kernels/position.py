@@ -82,7 +82,8 @@ def rotate_and_write(
 ) -> None:
     if slots.shape[0] == 1:                # a launch of threads would take longer
         position_row(
-            qkv, bias, query_norm, key_norm, epsilon, cosine, sine, interleaved, slots, keys, values, layer, 0
+            qkv, bias, query_norm, key_norm, epsilon, cosine, sine, interleaved, slots, keys, values, layer,
+            slots.shape[0] - 1,
         )  # fmt: skip
     else:
         for token in prange(slots.shape[0]):
