@@ -5,10 +5,10 @@ Logits are made for a few distinct tokens at a time, so that 512 places of a lar
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from backends.cpu.kernels import sampling, scoring
 from engine.errors import StepFailed
@@ -53,7 +53,7 @@ class Sampler:
             top_logprobs=np.full((count, width), -np.inf, np.float32),
         )
         status = np.zeros(count, np.int32)
-        distinct, row_of = np.unique(step.sample_at, return_inverse=True)
+        distinct, row_of = distinct_of(step.sample_at)
         fields = self.fields(step, previous)
         for first in range(0, len(distinct), HEAD_ROWS):
             mine = np.flatnonzero((row_of >= first) & (row_of < first + HEAD_ROWS))
@@ -76,8 +76,8 @@ class Sampler:
         mask_of[step.mask_at] = np.arange(len(step.mask_at), dtype=np.int32)
         history, bias = step.history, step.bias
         return Fields(
-            np.column_stack((step.temperature, step.top_p, step.min_p, step.repetition, step.frequency, step.presence)),
-            np.column_stack((step.top_k, step.draw_position, step.choice, mask_of)),
+            columns(np.float32, step.temperature, step.top_p, step.min_p, step.repetition, step.frequency, step.presence),
+            columns(np.int32, step.top_k, step.draw_position, step.choice, mask_of),
             step.seed,
             NO_HISTORY if history is None else merged(history, previous),
             nothing if history is None else history.starts,
@@ -107,6 +107,22 @@ NO_FLOATS: FloatArray = np.zeros(0, np.float32)
 NO_HISTORY: IntArray = np.zeros((0, 3), np.int32)
 
 
+def distinct_of(sample_at: IntArray) -> tuple[IntArray, NDArray[np.intp]]:
+    """The tokens that are drawn from, ascending, and which of them each place has."""
+    if (sample_at[1:] > sample_at[:-1]).all():            # as in every step without forks
+        return sample_at, np.arange(len(sample_at))
+    distinct, row_of = np.unique(sample_at, return_inverse=True)
+    return distinct, row_of
+
+
+def columns(dtype: DTypeLike, *values: NDArray[Any]) -> NDArray[Any]:
+    """The values as columns: np.column_stack takes five times as long."""
+    table = np.empty((len(values[0]), len(values)), dtype)
+    for number, column in enumerate(values):
+        table[:, number] = column
+    return table
+
+
 def resolve(tokens: IntArray, previous: IntArray) -> IntArray:
     """Tokens with every reference -1 - s replaced by what was drawn at place s of the ticket before."""
     unknown = tokens < 0
@@ -134,6 +150,8 @@ def merged(history: History, previous: IntArray) -> IntArray:
 
 
 def raise_for(status: IntArray) -> None:
+    if not status.any():
+        return
     for code, what in (
         (sampling.NOT_FINITE, "the model's logits are not finite: its weights are broken, or they overflow float32"),
         (sampling.NOTHING_ALLOWED, "the grammar allows no token at all"),

@@ -21,6 +21,7 @@ from engine.weights.tensors import TensorSource
 __all__ = ["Session"]
 
 NO_TOKENS: IntArray = np.zeros(0, np.int32)
+NO_STATES: FloatArray = np.zeros((0, 0), np.float32)
 COMPILING, READING = "compiling kernels (first start only)", "reading compiled kernels"
 
 
@@ -91,8 +92,9 @@ class Session:
 
         drawn = self.sampler.draw(step, self.newest, logits)
         self.newest = drawn.tokens
-        wanted = step.hidden_at.astype(np.intp)
-        hidden = self.model.final_states(states, wanted).values[: len(wanted)].copy()
+        hidden = NO_STATES
+        if len(wanted := step.hidden_at.astype(np.intp)):
+            hidden = self.model.final_states(states, wanted).values[: len(wanted)].copy()
         return StepOutput(drawn.tokens, drawn.logprobs, drawn.top_ids, drawn.top_logprobs, hidden)
 
 

@@ -48,14 +48,16 @@ OWN_COST: dict[str, Callable[[EngineConfig], Iterator[Figure]]] = {
     "sse": own_cost.sse_figures,
 }
 ROWS = ("core", "start", "prompt", *WORKLOADS, "SES", "SRV", "sse")
+ON_REQUEST = frozenset({"start"})       # compiles every kernel anew: longer than all others together
+LONG = frozenset({"NV256", "VR256"})
 UNITS = {"prompt": "prompt tok/s", "decode": "tok/s", "output": "output tok/s"}
 
 OWN = (
-    Flag("rows", "rows", str, f"which rows, with commas: {', '.join(ROWS)} (default: all)"),
+    Flag("rows", "rows", str, f"which rows, with commas: {', '.join(ROWS)} (default: all but {', '.join(ON_REQUEST)})"),
     Flag("json", "json", str, "also write the figures to this file"),
     Flag("sequences", "sequences", int, "sequences of NV256 and VR256 (default: 256; on the cpu backend 16)"),
     Flag("scale", "scale", float, "factor on the lengths of NV256 and VR256 (default: 1; on the cpu backend 0.1)"),
-    Flag("rounds", "rounds", int, "runs of every workload, the best one counts (default: 3)"),
+    Flag("rounds", "rounds", int, "runs of every workload, the best one counts (default: 3; NV256 and VR256 1)"),
     Flag("synthetic", "synthetic", str, "random weights in a model's shape and types, such as qwen3-0.6b:q4_k_m"),
     Flag("table", "table", str, "seed: the rows of vllm.rs's README, on synthetic models of the same shapes"),
     Flag("peer", "peer", str, "llama.cpp: runs the same workloads in turns"),
@@ -71,7 +73,7 @@ class Bench:
         on_cpu = config.backend in ("auto", "cpu")
         self.sequences = own["sequences"] or (16 if on_cpu else 256)
         self.scale = own["scale"] or (0.1 if on_cpu else 1.0)
-        self.rounds = own["rounds"] or 3
+        self.rounds = own["rounds"]
         if own["peer"] not in (None, "llama.cpp"):
             raise ConfigError(f"--peer {own['peer']}: there is llama.cpp")
         if own["peer"] and own["synthetic"]:
@@ -80,7 +82,8 @@ class Bench:
             raise ConfigError(f"--table {own['table']}: there is {', '.join(TABLES)}")
         if own["table"] and (own["peer"] or own["synthetic"] or own["rows"]):
             raise ConfigError("--table brings its own models and rows: leave --rows, --synthetic and --peer away")
-        every = [] if own["table"] else list(WORKLOADS) if own["synthetic"] else list(ROWS)
+        real = [row for row in ROWS if row not in ON_REQUEST]
+        every = [] if own["table"] else list(WORKLOADS) if own["synthetic"] else real
         self.rows = own["rows"].split(",") if own["rows"] else every
         for name in self.rows:
             if name not in ROWS:
@@ -124,7 +127,7 @@ class Bench:
                 for work in works:
                     ours: list[Rates] = []
                     theirs: list[Rates] = []
-                    for turn in range(self.rounds):
+                    for turn in range(self.rounds or (1 if work.name in LONG else 3)):
                         again = work if work.name == "VR256" else work.with_seed(turn)
                         ours.append(await run_here(engine, again))
                         if other is not None:
@@ -151,14 +154,14 @@ def _figure(
     if len(work.prompts) == 1 and work.about == "decode":
         limit = machine.bandwidth / file_bytes
     else:
-        limit = machine.multiply_adds / active_weights(spec)
+        limit = machine.multiply_adds / active_weights(spec, output=work.about != "prompt")
     peer = middle(theirs) if theirs else None
     return Figure(work.name, middle(ours), UNITS[work.about], work.settings, limit=limit, peer=peer)
 
 
-def active_weights(spec: ModelSpec) -> int:
-    """Weights that one token is multiplied by, the output's not counted where only some tokens need it."""
-    total = 0
+def active_weights(spec: ModelSpec, *, output: bool) -> int:
+    """Weights that one token is multiplied by; output: those of the vocabulary too, which a prompt's tokens do not need."""
+    total = spec.vocabulary_size * spec.hidden_size if output else 0
     for name, shape in spec.shapes().items():
         if len(shape) == 2 and name not in ("embedding", "output") and ".experts." not in name:
             total += shape[0] * shape[1]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig
-from engine.pace import LEAST, STRETCH, Pace
+from engine.pace import BEARABLE_S, LEAST, STRETCH, Pace
 from engine.step import StepOutput
 from engine.weights.checkpoint import Checkpoint
 from tests.support.toy import ToyBackend, ToyTicket
 
-DECODE_S, TOKEN_S = 0.010, 0.0002
+DECODE_S, TOKEN_S = 0.060, 0.001
 
 
 def taught(decoding: int = 4, *, beside: bool = True) -> Pace:
@@ -28,6 +28,14 @@ def taught(decoding: int = 4, *, beside: bool = True) -> Pace:
 @pytest.mark.parametrize("beside", [True, False], ids=["from mixed steps", "from prompts alone"])
 def test_the_bound_makes_a_step_so_many_times_as_long(beside: bool) -> None:
     assert taught(beside=beside).bound(4) == pytest.approx((STRETCH - 1) * DECODE_S / TOKEN_S, abs=1)
+
+
+def test_a_step_may_take_what_nobody_feels() -> None:
+    pace = Pace(first=64, most=256)
+    for _ in range(50):
+        pace.observe(2, 0, BEARABLE_S / 9)
+        pace.observe(0, 32, 32 * TOKEN_S)
+    assert pace.bound(2) == pytest.approx(BEARABLE_S * 8 / 9 / TOKEN_S, abs=1)
 
 
 def test_nothing_is_changed_before_both_costs_are_known() -> None:
