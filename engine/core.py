@@ -205,7 +205,7 @@ class Core:
                 self._pace.observe(*_tokens_of(flying[0]), now - began)
                 began = now
                 self._deliver(flying[0], output)
-                self.scheduler.beside_decoding = self._pace.bound(len(self.scheduler.running))
+                self.scheduler.beside_decoding = self._pace.bound(*self.scheduler.company)
             flying = (plan, ticket) if plan is not None and ticket is not None else None
         self._audit()
         self._idle.set()

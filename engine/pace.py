@@ -1,13 +1,14 @@
 """How many tokens of prompts go beside decoding rows: as many as leave the running streams their pace. The core asks.
 
 The scheduler knows no clock; the core tells a Pace how long each step took, and sets the scheduler's bound from it. A step of
-decoding rows alone takes so long; each token of a prompt adds so much; the bound is what makes a step STRETCH times as long,
-or BEARABLE_S where that is longer: nobody reads faster, and prompts that come in crowds should not wait for it.
+decoding rows alone takes so long; each token of a prompt adds so much. One prompt gets as much of a step as all the decoding
+rows together; each more that waits gets as much again, because whoever waits for a first token sees nothing at all; and no
+step is shortened below BEARABLE_S: nobody reads faster.
 """
 
 __all__ = ["Pace"]
 
-STRETCH = 2.0       # a step with prompts to one without
+CROWD = 8           # prompts that count
 BEARABLE_S = 0.045  # of a step
 SHARE = 0.25        # of a new measurement in what is known
 LEAST = 4           # tokens: a prompt goes on, whatever it costs the others
@@ -31,12 +32,12 @@ class Pace:
         if alone is not None and (decoding or prompt_tokens >= LEAST):
             self._token_s = _mixed(self._token_s, max(seconds - alone, seconds / 100) / prompt_tokens)
 
-    def bound(self, decoding: int) -> int:
-        """Tokens of prompts that may stand beside so many decoding rows, LEAST at least."""
+    def bound(self, decoding: int, prompts: int = 1) -> int:
+        """Tokens that so many prompts may bring to a step of so many decoding rows, LEAST at least."""
         alone = self._decode_of(decoding.bit_length())
         if alone is None or self._token_s is None:
             return self._first
-        spare = max(STRETCH * alone, BEARABLE_S) - alone
+        spare = max(alone * min(max(prompts, 1), CROWD), BEARABLE_S - alone)
         return int(min(max(spare / self._token_s, LEAST), self._most))
 
     def _decode_of(self, bits: int) -> float | None:

@@ -59,6 +59,12 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
+    @property
+    def company(self) -> tuple[int, int]:
+        """Sequences that decode, and those whose prompt is not computed yet."""
+        prompts = sum(sequence.computed < sequence.prompt_length for sequence in self.running)
+        return len(self.running) - prompts, prompts + len(self.waiting)
+
     def add(self, request: Request) -> None:
         """Queue a request; its other choices begin when its prompt is done."""
         self.waiting.append(request.sequences[0])

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.cpu.kernels import grid_blocks
-from backends.cpu.kernels.integer import COLUMNS, MATRIX, TILE, Kind, function_of
+from backends.cpu.kernels.integer import COLUMNS, FEW, MATRIX, TILE, Kind, function_of
 from backends.cpu.kernels.jit import LANES
 from backends.cpu.kernels.planes import Codebook
 from engine.weights.tensors import RawTensor, StorageType, to_float32
@@ -83,7 +83,7 @@ class Planes:
             self.columns // self.scale.shape[1],
         )  # fmt: skip
         here = np.zeros(1, MATRIX)
-        here["one"], here["many"] = function_of(kind, 1).address, function_of(kind, TILE).address
+        here["one"], here["few"], here["many"] = (function_of(kind, tokens).address for tokens in (1, FEW, TILE))
         for name in ("low", "high", "scale", "minimum", "fine", "fine_minimum"):
             array = getattr(self, name)
             here[name] = 0 if array is None else array.ctypes.data

@@ -79,7 +79,7 @@ class Ops:
         """Rows of the workspace, at least as many as asked for; made anew when they are too small."""
         rows = self.workspace.get(name)
         if rows is None or len(rows.values) < tokens or rows.values.shape[1] != columns:
-            room = -(-tokens // linear.TILE) * linear.TILE
+            room = -(-tokens // integer.TILE) * integer.TILE
             rows = Rows(np.zeros((room, columns), np.float32), make_groups(room, columns, integer=self.integer), tokens)
         if rows.tokens != tokens:
             rows = Rows(rows.values, rows.groups, tokens)

@@ -23,7 +23,7 @@ ARITHMETIC = pytest.mark.parametrize(
 
 def rows_of(values: np.ndarray, *, integer: bool, padding: float = 0) -> Rows:
     """The values, with room for a whole tile that is full of `padding`, and what is prepared of both."""
-    room = np.full((-(-len(values) // 4) * 4, values.shape[1]), padding, np.float32)
+    room = np.full((-(-len(values) // 8) * 8, values.shape[1]), padding, np.float32)
     room[: len(values)] = values
     groups = make_groups(len(room), room.shape[1], integer=integer)
     prepare_rows(room, groups, len(room))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig
-from engine.pace import BEARABLE_S, LEAST, STRETCH, Pace
+from engine.pace import BEARABLE_S, CROWD, LEAST, Pace
 from engine.step import StepOutput
 from engine.weights.checkpoint import Checkpoint
 from tests.support.toy import ToyBackend, ToyTicket
@@ -26,8 +26,10 @@ def taught(decoding: int = 4, *, beside: bool = True) -> Pace:
 
 
 @pytest.mark.parametrize("beside", [True, False], ids=["from mixed steps", "from prompts alone"])
-def test_the_bound_makes_a_step_so_many_times_as_long(beside: bool) -> None:
-    assert taught(beside=beside).bound(4) == pytest.approx((STRETCH - 1) * DECODE_S / TOKEN_S, abs=1)
+def test_each_prompt_gets_as_much_of_a_step_as_all_rows_that_decode(beside: bool) -> None:
+    pace = taught(beside=beside)
+    for prompts, share in ((0, 1), (1, 1), (2, 2), (CROWD, CROWD), (3 * CROWD, CROWD)):
+        assert pace.bound(4, prompts) == pytest.approx(min(share * DECODE_S / TOKEN_S, 256), abs=1)
 
 
 def test_a_step_may_take_what_nobody_feels() -> None:
@@ -109,5 +111,5 @@ async def test_a_long_prompt_goes_in_by_chunks_that_leave_the_others_their_pace(
             pass
     chunks = [prompts for decoding, prompts in backend.seen if decoding and prompts]
     assert sum(chunks) > 400, "most of the prompt went in beside the stream"
-    wanted = (STRETCH - 1) * DECODE_S / TOKEN_S
+    wanted = DECODE_S / TOKEN_S
     assert chunks[1:-1] == pytest.approx([wanted] * (len(chunks) - 2), rel=0.2)

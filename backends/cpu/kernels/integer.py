@@ -12,6 +12,7 @@ Outputs are summed over the groups in ascending order, the same for any number o
 weight and one number of tokens is built with vectors.py; `products` calls it by its address, for 32 rows at a time.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -26,12 +27,12 @@ from backends.cpu.kernels.sharing import new_shares, next_task
 from backends.cpu.kernels.vectors import FLOATS, HALF_FLOATS, INTS, Emitter, Value, call, tools
 from backends.cpu.kernels.vectors import LANES as WIDTH
 
-__all__ = ["COLUMNS", "MATRIX", "RECORD", "TILE", "Kind", "block_totals", "digits", "function_of", "products"]
+__all__ = ["COLUMNS", "FEW", "MATRIX", "RECORD", "TILE", "Kind", "block_totals", "digits", "function_of", "products"]
 
 Floats = NDArray[np.float32]
 Words = NDArray[np.uint32]
 
-TILE = 4                   # tokens that share one decoding of a weight
+FEW, TILE = 4, 8           # tokens that share one decoding: of all 32 rows, and of 16 and then the others
 COLUMNS = 32               # of a record: a group of activations
 RECORD = 32                # words of a record: 8 each of high, middle and low bytes, and the numbers below
 HIGH, MIDDLE, LOW, SCALE, HIGH_SCALE, SUM, HALF_SUM = 0, 8, 16, 24, 25, 26, 29    # sums: of all 32, of each 16
@@ -166,7 +167,14 @@ def build(emit: Emitter, kind: Kind, tokens: int, operands: Operands) -> None:
     builder, weights = emit.builder, Weights(emit, kind, operands)
     stride = operands.x_stride
     x = [emit.at(operands.x, builder.mul(stride, stride.type(token))) for token in range(tokens)]
-    totals = [[tools.alloca_once_value(builder, emit.floats(0)) for _ in HALVES] for _ in range(tokens)]
+    for halves in [HALVES] if tokens <= FEW else [[half] for half in HALVES]:      # as many sums as there are registers
+        build_halves(emit, weights, x, halves)
+
+
+def build_halves(emit: Emitter, weights: Weights, x: list[Value], halves: Sequence[int]) -> None:
+    """Write the products of some of the rows with all tokens, whose records are at x."""
+    builder, kind, operands = emit.builder, weights.kind, weights.operands
+    totals = [[tools.alloca_once_value(builder, emit.floats(0)) for _ in halves] for _ in x]
     steps = kind.group // 4
     with tools.for_range(builder, operands.records) as loop:
         place = emit.times(loop.index, 4 * RECORD)
@@ -174,44 +182,44 @@ def build(emit: Emitter, kind: Kind, tokens: int, operands: Operands) -> None:
         for line in range(0, size, CACHE_LINE):          # each cache line is asked for 4 KiB early
             emit.prefetch(operands.low, emit.times(loop.index, size), AHEAD + line)
         for part in range(COLUMNS // kind.group):
-            sums = [[[emit.ints(0)] * 3 for _ in HALVES] for _ in range(tokens)]
+            sums = [[[emit.ints(0)] * 3 for _ in halves] for _ in x]
             for step in range(part * steps, (part + 1) * steps):
-                bytes_ = [weights.bytes_of(loop.index, step, half) for half in HALVES]
-                for token in range(tokens):
+                bytes_ = [weights.bytes_of(loop.index, step, half) for half in halves]
+                for token, records in enumerate(x):
                     for digit, at in enumerate((HIGH, MIDDLE, LOW)):
-                        four = emit.broadcast(INTS, x[token], place, 4 * (at + step))
-                        for half in HALVES:
-                            sums[token][half][digit] = emit.byte_products(sums[token][half][digit], bytes_[half], four)
-            close_group(emit, weights, part, loop.index, place, x, sums, totals)
-    for token in range(tokens):
-        for half in HALVES:
-            emit.store(builder.load(totals[token][half]), operands.out, (token * LANES + WIDTH * half) * 4)
+                        four = emit.broadcast(INTS, records, place, 4 * (at + step))
+                        for i, weight in enumerate(bytes_):
+                            sums[token][i][digit] = emit.byte_products(sums[token][i][digit], weight, four)
+            close_group(emit, weights, part, loop.index, place, x, halves, sums, totals)
+    for token, mine in enumerate(totals):
+        for half, total in zip(halves, mine, strict=True):
+            emit.store(builder.load(total), operands.out, (token * LANES + WIDTH * half) * 4)
 
 
 def close_group(
-    emit: Emitter, weights: Weights, part: int, record: Value, place: Value, x: list[Value],
+    emit: Emitter, weights: Weights, part: int, record: Value, place: Value, x: list[Value], halves: Sequence[int],
     sums: list[list[list[Value]]], totals: list[list[Value]],
 ) -> None:  # fmt: skip
     """Add a group's sums to the totals of its tokens, as the module's formula says."""
     builder, kind, operands = emit.builder, weights.kind, weights.operands
     which = 0 if kind.group == COLUMNS else 1 + part     # of the three sums in a record
-    scale = [weights.scales_of(operands.scale, operands.fine, kind.factor, record, part, half) for half in HALVES]
+    scale = [weights.scales_of(operands.scale, operands.fine, kind.factor, record, part, half) for half in halves]
     minimum = [
-        weights.scales_of(operands.minimum, operands.fine_minimum, 1, record, part, half) for half in HALVES if kind.minima
+        weights.scales_of(operands.minimum, operands.fine_minimum, 1, record, part, half) for half in halves if kind.minima
     ]
     for token, mine in enumerate(sums):
         low_scale, high_scale, x_sum = (
             emit.broadcast(FLOATS, x[token], place, 4 * at)
             for at in (SCALE, HIGH_SCALE, (SUM if kind.minima else HALF_SUM) + which)
         )
-        for half, (high, middle, low) in enumerate(mine):
+        for i, (high, middle, low) in enumerate(mine):
             below = builder.sitofp(builder.add(emit.shifted(middle, 8), low), FLOATS)
             value = builder.fmul(below, low_scale) if kind.minima else emit.fused(below, low_scale, x_sum)
             value = emit.fused(builder.sitofp(high, FLOATS), high_scale, value)
-            total = emit.fused(scale[half], value, builder.load(totals[token][half]))
+            total = emit.fused(scale[i], value, builder.load(totals[token][i]))
             if kind.minima:
-                total = emit.fused(minimum[half], x_sum, total)
-            builder.store(total, totals[token][half])
+                total = emit.fused(minimum[i], x_sum, total)
+            builder.store(total, totals[token][i])
 
 
 intrinsic_of_literals: Any = intrinsic(prefer_literal=True)
@@ -259,8 +267,8 @@ MATRIX = np.dtype(
     [
         (name, np.int64)
         for name in (
-            "one", "many", "low", "high", "table", "scale", "minimum", "fine", "fine_minimum", "low_stride", "high_stride",
-            "scale_stride", "minimum_stride", "fine_stride", "rows", "blocks", "records",
+            "one", "few", "many", "low", "high", "table", "scale", "minimum", "fine", "fine_minimum", "low_stride",
+            "high_stride", "scale_stride", "minimum_stride", "fine_stride", "rows", "blocks", "records",
         )
     ]
 )  # fmt: skip
@@ -271,11 +279,11 @@ MATRIX = np.dtype(
 def block_totals(
     matrices: NDArray[Any], number: int, records: Words, b: int, t: int, tokens: int, total: Floats
 ) -> None:
-    """The products of 32 rows with a tile of tokens from t on, (TILE, 32)."""
+    """The products of 32 rows with the tokens from t on, a tile of them at most, (TILE, 32)."""
     m = matrices[number]
     row_bytes = records.shape[1] * RECORD * 4
     call(
-        m.one if tokens == 1 else m.many,
+        m.one if tokens == 1 else (m.few if tokens - t <= FEW else m.many),
         (
             m.low + b * m.low_stride, m.high + b * m.high_stride, m.table, m.scale + b * m.scale_stride,
             m.minimum + b * m.minimum_stride, m.fine + b * m.fine_stride, m.fine_minimum + b * m.fine_stride,
