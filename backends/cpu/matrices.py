@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.cpu.kernels import grid_blocks
-from backends.cpu.kernels.integer import COLUMNS, FEW, MATRIX, TILE, Kind, function_of
+from backends.cpu.kernels.digits import COLUMNS
+from backends.cpu.kernels.integer import FEW, MATRIX, TILE, Kind, function_of
 from backends.cpu.kernels.jit import LANES
 from backends.cpu.kernels.planes import Codebook
 from engine.weights.tensors import RawTensor, StorageType, to_float32

@@ -104,6 +104,17 @@ def test_a_token_gives_the_same_bits_in_any_company(storage: str, integer: bool)
         np.testing.assert_array_equal(product(activations(tokens), stack, integer=integer), whole[:tokens], strict=True)
 
 
+@ARITHMETIC
+@pytest.mark.parametrize("storage", ["Q4_1", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so(storage: str, broken: float, integer: bool) -> None:
+    x = activations(3)
+    x[1, 37] = broken
+    found = product(x, loader(Source(raw(storage))).stack("query"), integer=integer)
+    assert not np.isfinite(found[1]).any()
+    assert np.isfinite(found[[0, 2]]).all()
+
+
 @pytest.mark.parametrize("storage", ["Q4_1", "BF16"])
 @ARITHMETIC
 def test_the_number_of_threads_does_not_change_a_bit(storage: str, integer: bool) -> None:

@@ -4,6 +4,8 @@ A task is a block of a row's queries for one key/value head: its lines (queries 
 a key and a value. Keys are lanes: 32 scores at a time. The softmax is online, page after page within a segment of 16 pages,
 and segments are merged from the first one on; so a query's result has the same bits whatever the block, the chunk or the
 company that it came in, and whether its segments were one task or many. ops.py calls `attend`.
+
+Over 300 lines: the steps from a page to a finished line are one algorithm, in the order in which they happen.
 """
 
 import numpy as np

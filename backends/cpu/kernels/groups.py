@@ -12,7 +12,7 @@ from numba import prange
 from numba.extending import overload
 from numpy.typing import NDArray
 
-from backends.cpu.kernels.integer import COLUMNS, RECORD, digits
+from backends.cpu.kernels.digits import COLUMNS, RECORD, digits
 from backends.cpu.kernels.jit import inner, kernel, signed
 
 __all__ = ["GROUP", "SPAN", "Groups", "make_groups", "prepare", "prepare_rows"]

@@ -1,9 +1,8 @@
 """y = x W^T by products of bytes, for machines that have them (AVX-512 with VNNI): two to four times as fast, and as exact.
 
-A quantized weight is a byte w of its word, put there by shifts and masks (planes.py tells the layout). A group of 32 values
-of x becomes integers of 24 bits, each three signed bytes: x = s (65536 high + 256 middle + low), where s is the group's
-largest magnitude over 8,355,700. So the sum over a group is exact, three integer sums in all, and x loses no
-more than float32 itself does; only the closing of a group is in float32:
+A quantized weight is a byte w of its word, put there by shifts and masks (planes.py tells the layout); 32 values of x are
+integers of three bytes (digits.py), x = s (65536 high + 256 middle + low). So the sum over a group is exact, three integer
+sums in all; only the closing of a group is in float32:
 
     y += scale (s (65536 H + 256 M + L) / 256 - sum(x) / 2)             symmetric types
     y += scale (s (65536 H + 256 M + L) / 256) + minimum sum(x)         types with minima
@@ -22,62 +21,21 @@ from numba import cfunc, prange, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from backends.cpu.kernels.jit import LANES, OPTIONS, careful, inner, kernel, signed
+from backends.cpu.kernels.digits import COLUMNS, HALF_SUM, HIGH, HIGH_SCALE, LOW, MIDDLE, RECORD, SCALE, SUM
+from backends.cpu.kernels.jit import LANES, OPTIONS, inner, kernel, signed
 from backends.cpu.kernels.sharing import new_shares, next_task
 from backends.cpu.kernels.vectors import FLOATS, HALF_FLOATS, INTS, Emitter, Value, call, tools
 from backends.cpu.kernels.vectors import LANES as WIDTH
 
-__all__ = ["COLUMNS", "FEW", "MATRIX", "RECORD", "TILE", "Kind", "block_totals", "digits", "function_of", "products"]
+__all__ = ["FEW", "MATRIX", "TILE", "Kind", "block_totals", "function_of", "products"]
 
 Floats = NDArray[np.float32]
 Words = NDArray[np.uint32]
 
 FEW, TILE = 4, 8           # tokens that share one decoding: of all 32 rows, and of 16 and then the others
-COLUMNS = 32               # of a record: a group of activations
-RECORD = 32                # words of a record: 8 each of high, middle and low bytes, and the numbers below
-HIGH, MIDDLE, LOW, SCALE, HIGH_SCALE, SUM, HALF_SUM = 0, 8, 16, 24, 25, 26, 29    # sums: of all 32, of each 16
-MOST = np.float32(8355700) # a little below 0x7F7F7F, the most that three signed bytes hold: rounding may add one
-LEAST = np.float32(1e-30)  # a group of smaller values is zero: the inverse of its scale would leave float32
-BIAS, SIGNS = np.uint32(0x808080), np.uint32(0x808080)
 WORD_BYTES = 4 * LANES     # of one word of each of 32 rows
 HALVES = range(LANES // WIDTH)
 CACHE_LINE, AHEAD = 64, 4096   # bytes
-
-
-# ---- activations --------------------------------------------------------------------------------------------------------
-
-
-@careful
-def digits(values: Floats, records: Words, t: int, first: int, stop: int) -> None:
-    """Write the records of the columns first .. stop of row t: (T, columns / 32, RECORD). What is not finite stays so."""
-    numbers, bytes_ = records.view(np.float32), records.view(np.uint8)
-    whole = np.empty(COLUMNS, np.int32)
-    for g in range(first // COLUMNS, stop // COLUMNS):
-        most = np.float32(0)
-        plain = np.float32(0)
-        for j in range(COLUMNS):
-            v = values[t, g * COLUMNS + j]
-            most = max(most, abs(v))
-            plain += v * np.float32(0)                   # not a number if one value is not finite
-        inverse = MOST / most if most > LEAST else np.float32(0)
-        for j in range(COLUMNS):
-            whole[j] = np.int32(np.floor(values[t, g * COLUMNS + j] * inverse + np.float32(0.5)))
-        left, right = np.int32(0), np.int32(0)
-        for j in range(COLUMNS // 2):
-            left += whole[j]
-            right += whole[j + COLUMNS // 2]
-        for j in range(COLUMNS):
-            u = np.uint32(np.uint32(np.uint32(whole[j]) + BIAS) ^ SIGNS)
-            bytes_[t, g, j] = np.uint8(u >> np.uint32(16))
-            bytes_[t, g, 4 * MIDDLE + j] = np.uint8(u >> np.uint32(8))
-            bytes_[t, g, 4 * LOW + j] = np.uint8(u)
-        scale = most / MOST + plain
-        numbers[t, g, SCALE] = scale * np.float32(1 / 256)
-        numbers[t, g, HIGH_SCALE] = scale * np.float32(256)
-        a, b, c = np.float32(left + right) * scale, np.float32(left) * scale, np.float32(right) * scale
-        numbers[t, g, SUM], numbers[t, g, SUM + 1], numbers[t, g, SUM + 2] = a, b, c
-        half = np.float32(-0.5)
-        numbers[t, g, HALF_SUM], numbers[t, g, HALF_SUM + 1], numbers[t, g, HALF_SUM + 2] = a * half, b * half, c * half
 
 
 # ---- the function of a kind of weight -----------------------------------------------------------------------------------

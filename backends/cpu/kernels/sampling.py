@@ -2,6 +2,8 @@
 
 sampler.py calls `sample`. Each place is worked on alone and in one fixed order of sums, so nothing about it depends on
 its company. Sets are cut by a radix search over ordered keys, never by sorting the vocabulary; ties go to the lowest id.
+
+Over 300 lines: one place goes through all of it, and Numba looks for changes in the file of a kernel only.
 """
 
 from math import ceil
