@@ -10,7 +10,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.console import Console
 
 from engine.api import Engine
 from engine.bench import own_cost
+from engine.bench.batched_bench import BatchedBench
 from engine.bench.figures import Figure, table, write_json
 from engine.bench.machine import Machine, measure_machine
 from engine.bench.own_side import run_here
@@ -60,9 +61,12 @@ OWN = (
     Flag("rounds", "rounds", int, "runs of every workload, the best one counts (default: 3; NV256 and VR256 1)"),
     Flag("synthetic", "synthetic", str, "random weights in a model's shape and types, such as qwen3-0.6b:q4_k_m"),
     Flag("table", "table", str, "seed: the rows of vllm.rs's README, on synthetic models of the same shapes"),
-    Flag("peer", "peer", str, "llama.cpp: runs the same workloads in turns"),
+    Flag("peer", "peer", str, "runs the same workloads in turns: llama.cpp, or the path of its llama-batched-bench"),
     Flag("peer-python", "peer_python", str, "the interpreter that has llama-cpp-python (default: this one)"),
 )
+
+
+Peer = LlamaCpp | BatchedBench
 
 
 class Bench:
@@ -74,8 +78,8 @@ class Bench:
         self.sequences = own["sequences"] or (16 if on_cpu else 256)
         self.scale = own["scale"] or (0.1 if on_cpu else 1.0)
         self.rounds = own["rounds"]
-        if own["peer"] not in (None, "llama.cpp"):
-            raise ConfigError(f"--peer {own['peer']}: there is llama.cpp")
+        if own["peer"] not in (None, "llama.cpp") and not Path(own["peer"]).is_file():
+            raise ConfigError(f"--peer {own['peer']}: give llama.cpp, or the path of its program llama-batched-bench")
         if own["peer"] and own["synthetic"]:
             raise ConfigError("--peer needs a file that both read: name one with --f instead of --synthetic")
         if own["table"] not in (None, *TABLES):
@@ -121,7 +125,7 @@ class Bench:
     ) -> None:
         file_bytes = sum(checkpoint.tensors.tensor(name).data.nbytes for name in checkpoint.tensors.names())
         spec, path = checkpoint.spec, checkpoint.path
-        peer = LlamaCpp(self.own["peer_python"], path, self.threads, works) if self.own["peer"] else nullcontext()
+        peer = self.peer(path, works)
         async with Engine(self.config, checkpoint=checkpoint) as engine:
             with peer as other:
                 for work in works:
@@ -137,6 +141,15 @@ class Bench:
                         figure = replace(figure, goal=goal, settings=f"{checkpoint.name}, {figure.settings}")
                     self.add(figure)
         checkpoint.close()
+
+    def peer(self, model: Path, works: Sequence[Workload]) -> AbstractContextManager[Peer | None]:
+        match self.own["peer"]:
+            case None:
+                return nullcontext()
+            case "llama.cpp":
+                return LlamaCpp(self.own["peer_python"], model, self.threads, works)
+            case program:
+                return BatchedBench(program, model, self.threads, works)
 
     def checkpoint(self) -> Checkpoint:
         if self.own["synthetic"]:

@@ -31,10 +31,10 @@ from engine.weights.hub import model_path
 __all__ = ["core_figures", "free_port", "prompt_figures", "sse_figures", "start_figures", "wait_ready"]
 
 SEQUENCES = 256
-NULL_TOKENS = 400
+NULL_TOKENS = 200
 PROMPT_TOKENS = 50
 SSE_STREAMS = 64
-SSE_TOKENS = 1500
+SSE_TOKENS = 750
 START_LIMIT_S = 300.0
 
 

@@ -1,6 +1,7 @@
 """The bench's parts that are not speed: workloads, synthetic models, refusals, and one row from end to end."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,9 @@ def test_q4_k_m_gives_more_bits_to_some_layers_and_falls_back_where_blocks_do_no
         (["--synthetic", "gpt-5:q4_k_m"], "write NAME:TYPE"),
         (["--table", "leaf"], "there is seed"),
         (["--table", "seed", "--rows", "B1"], "leave --rows"),
-        (["--peer", "vllm"], "there is llama.cpp"),
+        (["--peer", "vllm"], "give llama.cpp, or the path"),
+        (["--rows", "NV256", "--peer", sys.executable], "leave it out of --rows"),
+        (["--rows", "B1", "--backend", "null", "--peer", sys.executable], "is it llama-batched-bench"),
         (["--peer", "llama.cpp", "--synthetic", "qwen3-0.6b:bf16"], "a file that both read"),
         (["--rows", "SRV", "--synthetic", "qwen3-0.6b:bf16"], "needs a real model"),
         (["--rows", "B1", "--peer", "llama.cpp", "--peer-python", "/no/python"], "name a Python interpreter"),
