@@ -58,7 +58,7 @@ OWN = (
     Flag("json", "json", str, "also write the figures to this file"),
     Flag("sequences", "sequences", int, "sequences of NV256 and VR256 (default: 256; on the cpu backend 16)"),
     Flag("scale", "scale", float, "factor on the lengths of NV256 and VR256 (default: 1; on the cpu backend 0.1)"),
-    Flag("rounds", "rounds", int, "runs of every workload, the best one counts (default: 3; NV256 and VR256 1)"),
+    Flag("rounds", "rounds", int, "runs of every workload, the median counts (default: 3 with a peer, else 2; NV256, VR256 1)"),
     Flag("synthetic", "synthetic", str, "random weights in a model's shape and types, such as qwen3-0.6b:q4_k_m"),
     Flag("table", "table", str, "seed: the rows of vllm.rs's README, on synthetic models of the same shapes"),
     Flag("peer", "peer", str, "runs the same workloads in turns: llama.cpp, or the path of its llama-batched-bench"),
@@ -131,7 +131,7 @@ class Bench:
                 for work in works:
                     ours: list[Rates] = []
                     theirs: list[Rates] = []
-                    for turn in range(self.rounds or (1 if work.name in LONG else 3)):
+                    for turn in range(self.rounds or (1 if work.name in LONG else 2 if other is None else 3)):
                         again = work if work.name == "VR256" else work.with_seed(turn)
                         ours.append(await run_here(engine, again))
                         if other is not None:

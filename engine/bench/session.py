@@ -38,7 +38,7 @@ async def _talk(config: EngineConfig) -> tuple[float, float, int, int]:
             history += answer
         page = engine.statistics().page_tokens
         expected = known // page * page
-        cold = min([(await _ask(engine, _question(50 + i, len(history) - ANSWER), 1))[0] for i in range(3)])
+        cold = min([(await _ask(engine, _question(50 + i, len(history) - ANSWER), 1))[0] for i in range(2)])
     return cold, cached, counted, expected
 
 
