@@ -58,7 +58,7 @@ OWN = (
     Flag("json", "json", str, "also write the figures to this file"),
     Flag("sequences", "sequences", int, "sequences of NV256 and VR256 (default: 256; on the cpu backend 16)"),
     Flag("scale", "scale", float, "factor on the lengths of NV256 and VR256 (default: 1; on the cpu backend 0.1)"),
-    Flag("rounds", "rounds", int, "runs of every workload, the median counts (default: 3 with a peer, else 2; NV256, VR256 1)"),
+    Flag("rounds", "rounds", int, "runs of a workload, the median counts (default: 3 with a peer, else 2; NV256, VR256 1)"),
     Flag("synthetic", "synthetic", str, "random weights in a model's shape and types, such as qwen3-0.6b:q4_k_m"),
     Flag("table", "table", str, "seed: the rows of vllm.rs's README, on synthetic models of the same shapes"),
     Flag("peer", "peer", str, "runs the same workloads in turns: llama.cpp, or the path of its llama-batched-bench"),
