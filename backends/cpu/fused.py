@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.cpu.kernels.forward import ATTENTION_OUTPUT, DOWN, GATE, QUERY, SLOTS, UP, forward, gated_products
+from backends.cpu.kernels.forward import ATTENTION_OUTPUT, DOWN, GATE, QUERY, SLOTS, STEP, UP, forward
 from backends.cpu.kernels.integer import MATRIX
 from backends.cpu.kernels.jit import LANES
+from backends.cpu.kernels.stages import NAP
 from backends.cpu.matrices import Planes
 from backends.cpu.ops import Cache, Ops, Rows, StepShape
 from backends.cpu.weights import DenseWeights, LayerWeights, Stack
@@ -21,7 +22,6 @@ from engine.model.spec import Attention, Dense, Layer, ModelSpec
 __all__ = ["Fused"]
 
 FloatArray = NDArray[np.float32]
-NUMBERS = np.arange(SLOTS, dtype=np.int64)
 STRIDES = {
     "low": "low_stride", "high": "high_stride", "scale": "scale_stride", "minimum": "minimum_stride", "fine": "fine_stride",
     "fine_minimum": "fine_stride",
@@ -39,7 +39,7 @@ class Fused:
     windows: NDArray[np.int64]
     attention: Attention            # of all layers, but for the window
     width: int                      # of the feed-forward
-    silu: bool
+    step: NDArray[np.void]          # (1,) of STEP: what is the same in every step is filled in
 
     @classmethod
     def of(cls, spec: ModelSpec, layers: tuple[LayerWeights, ...], ops: Ops) -> "Fused | None":
@@ -58,14 +58,25 @@ class Fused:
             place_halves(row, w.feed.gate_up, feed.width)
             place(row, DOWN, w.feed.down)
             rows.append(row)
-        return cls(
-            np.stack(rows),
-            np.stack([(w.attention_norm, w.feed_norm) for w in layers]),
-            np.stack([w.qkv_bias for w in layers]),
-            np.stack([(w.query_norm, w.key_norm) for w in layers]),
-            np.array([layer.attention.sliding_window or 0 for layer in spec.layers], np.int64),
-            first, feed.width, feed.activation == "silu",
-        )  # fmt: skip
+        matrices = np.stack(rows)
+        norms = np.stack([(w.attention_norm, w.feed_norm) for w in layers])
+        biases = np.stack([w.qkv_bias for w in layers])
+        head_norms = np.stack([(w.query_norm, w.key_norm) for w in layers])
+        windows = np.array([layer.attention.sliding_window or 0 for layer in spec.layers], np.int64)
+        step = np.zeros(1, STEP)
+        for name, array in (
+            ("matrices", matrices), ("norms", norms), ("biases", biases), ("head_norms", head_norms), ("windows", windows),
+        ):  # fmt: skip
+            step[name] = array.ctypes.data
+        for name, number in (
+            ("nap", NAP), ("layers", len(layers)), ("hidden", spec.hidden_size), ("width", feed.width),
+            ("heads", first.heads), ("kv_heads", first.kv_heads), ("head_size", first.head_size), ("page_tokens", LANES),
+            ("bias_columns", biases.shape[1]), ("norm_size", head_norms.shape[2]), ("is_silu", feed.activation == "silu"),
+            ("interleaved", first.rope.interleaved), ("epsilon", ops.epsilon), ("scale", first.scale),
+            ("cap", first.soft_cap or 0),
+        ):  # fmt: skip
+            step[name] = number
+        return cls(matrices, norms, biases, head_norms, windows, first, feed.width, step)
 
     def run(self, ops: Ops, x: Rows, cache: Cache, at: StepShape) -> None:
         """All layers, on x in place."""
@@ -74,17 +85,20 @@ class Fused:
         qkv = ops.rows("qkv", x.tokens, (a.heads + 2 * a.kv_heads) * a.head_size)
         mixed = ops.rows("attention", x.tokens, a.heads * a.head_size)
         gated = ops.rows("gated", x.tokens, self.width)
-        forward(
-            self.matrices, self.norms, self.biases, self.head_norms, self.windows, ops.epsilon, self.silu,
-            np.float32(a.scale), np.float32(a.soft_cap or 0), a.rope.interleaved, at.cosine, at.sine, at.slots, at.blocks,
-            at.tables, cache.keys, cache.values, ops.workers, x.tokens, x.values, normed.values, normed.groups, qkv.values,
-            mixed.values, mixed.groups, gated.values, gated.groups, NUMBERS,
-        )  # fmt: skip
-
-    def warm_up(self, ops: Ops, x: Rows) -> None:
-        """Compile what no other step of a warm-up compiles beside attention, by running it on no tokens."""
-        gated = ops.rows("gated", 1, self.width)
-        gated_products(self.matrices[0], x.groups, self.silu, gated.values, gated.groups, 0, ops.workers)
+        step = self.step
+        for name, array in (
+            ("cosine", at.cosine), ("sine", at.sine), ("slots", at.slots), ("blocks", at.blocks), ("tables", at.tables),
+            ("keys", cache.keys), ("values", cache.values), ("x", x.values), ("normed", normed.values),
+            ("normed_groups", normed.groups), ("qkv", qkv.values), ("mixed", mixed.values), ("mixed_groups", mixed.groups),
+            ("gated", gated.values), ("gated_groups", gated.groups),
+        ):  # fmt: skip
+            assert array.flags.c_contiguous, name
+            step[name] = array.ctypes.data
+        step["pages"], step["tokens"] = len(cache.keys), x.tokens
+        step["block_count"], step["rotary_half"] = len(at.blocks), at.cosine.shape[1]
+        step["table_rows"], step["table_width"] = at.tables.shape
+        step["room"] = min(len(rows.values) for rows in (x, normed, mixed, gated))
+        forward(step, ops.workers)
 
 
 def same_kind(one: Attention, other: Attention) -> bool:

@@ -87,10 +87,10 @@ class Model:
         return {rope: step_shape(self.spec, step, rotation) for rope, rotation in self.rotations.items()}
 
     def warm_up(self, step: StepInput, cache: Cache) -> None:
-        """Compile what the layers have beside attention, on a step of one token."""
+        """Compile what the layers have, on a step of one token: beside attention where it is a kernel of its own."""
         x = self.ops.embed(np.zeros(1, np.int32), self.weights.embedding, self.spec.hidden_size)
         if self.fused is not None:
-            self.fused.warm_up(self.ops, x)
+            self.fused.run(self.ops, x, cache, self.shapes(step)[self.fused.attention.rope])
             self.logits(self.final_states(x, np.zeros(1, np.intp)))
             return
         first, attention = self.weights.layers[0], self.spec.layers[0].attention
@@ -102,7 +102,8 @@ class Model:
 
 def step_shape(spec: ModelSpec, step: StepInput, rotation: Rotation) -> StepShape:
     cosine, sine = rotation.at(step.positions)
-    return StepShape(step.slots.astype(np.int64), query_blocks(spec, step), step.page_tables, cosine, sine)
+    tables = np.ascontiguousarray(step.page_tables)
+    return StepShape(step.slots.astype(np.int64), query_blocks(spec, step), tables, cosine, sine)
 
 
 NOTHING = np.empty(0, np.float32)

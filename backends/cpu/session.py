@@ -7,7 +7,7 @@ A session runs one step at a time, start to end; the tokens that a step drew sta
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.cpu.compile import compiling_aside, is_compiled
+from backends.cpu.compile import ATTENTION, aside_of, compiling_aside, is_compiled
 from backends.cpu.model import PAGE_TOKENS, Model, make_cache, page_bytes, refuse_unsupported
 from backends.cpu.sampler import Sampler, resolve
 from backends.cpu.warm_up import warm_up_step
@@ -39,8 +39,9 @@ class Session:
         cls, spec: ModelSpec, tensors: TensorSource, options: LoadOptions, workers: int, progress: Progress
     ) -> "Session":
         refuse_unsupported(spec)
-        stage = READING if is_compiled() else COMPILING
-        with compiling_aside():
+        part = aside_of(spec, tensors)
+        stage = READING if is_compiled(part) else COMPILING
+        with compiling_aside(part):
             try:
                 weights = load_weights(spec, tensors, options.dtype, progress)
             except MemoryError as error:
@@ -49,7 +50,9 @@ class Session:
             session = cls(spec, Model(spec, weights, workers), workers)
             progress(stage, 0, 2)
             session.model.warm_up(warm_up_step(1), session.cache)
-            session.sampler.draw(warm_up_step(1), NO_TOKENS, lambda at: np.zeros((len(at), spec.vocabulary_size), np.float32))
+            if part == ATTENTION:
+                nothing = np.zeros((2, spec.vocabulary_size), np.float32)
+                session.sampler.draw(warm_up_step(1), NO_TOKENS, lambda at: nothing[: len(at)])
         progress(stage, 1, 2)
         session.warm_up()
         progress(stage, 2, 2)

@@ -225,15 +225,15 @@ def share(
     qkv: Floats, keys: Floats, values: Floats, layer: int, blocks: Ints, tables: Ints, scale: np.float32, window: int,
     cap: np.float32, result: Floats, groups: Groups, parts: int, lines_most: int, outs: Floats, masses: Floats, tops: Floats,
     shares: Longs, worker: int,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """What one thread does: of a block and a key/value head all segments, or with `parts` > 1 one of them, whose state goes
-    to outs (tasks, parts, lines, size), masses and tops."""
+    to outs (tasks, parts, lines, size), masses and tops. Returns how many tasks it did."""
     kv_heads, size = keys.shape[2], keys.shape[3]
     group = qkv.shape[1] // size // kv_heads - 2
     tasks = len(blocks) * kv_heads * parts
     room, q_room = new_room(lines_most), np.empty((lines_most, size), np.float32)
     state, more = new_state(lines_most, size), new_state(lines_most, size)
-    task = next_task(shares, worker, tasks)
+    task, done = next_task(shares, worker, tasks), 0
     while task >= 0:
         place, part = task // parts, task % parts
         block, head = blocks[place // kv_heads], place % kv_heads
@@ -257,6 +257,8 @@ def share(
         else:
             finish(state, lines, group, block[0], head, result, groups)
         task = next_task(shares, worker, tasks)
+        done += 1
+    return done
 
 
 @inner

@@ -1,31 +1,68 @@
-"""All layers of a dense model in one call: the loop of model.py without Python between the kernels.
+"""All layers of a dense model in one call and one parallel region: the loop of model.py without Python between the kernels.
 
 A layer of a small model computes for 0.1 ms, and each call from Python costs some microseconds. fused.py makes the arguments
-and tells which models this serves; the results have the same bits as those of model.py's own loop.
+and tells which models this serves; the results have the same bits as those of model.py's own loop. The arguments are
+addresses in one record: how long Numba compiles a launch of threads depends on the arrays that it is given.
 """
 
 from typing import Any
 
+import numba
 import numpy as np
-from numba import prange
+from numba import prange, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from backends.cpu.kernels.attention import attend
-from backends.cpu.kernels.elementwise import rms_norm, silu_or_gelu
+from backends.cpu.kernels.attention import ENOUGH, merge_parts, padded, queries_of, segments_of, share
+from backends.cpu.kernels.elementwise import norm_row, silu_or_gelu
 from backends.cpu.kernels.groups import Groups, prepare
-from backends.cpu.kernels.integer import TILE, block_totals, products
-from backends.cpu.kernels.jit import LANES, driver, inner, kernel, signed
-from backends.cpu.kernels.position import rotate_and_write
-from backends.cpu.kernels.sharing import new_shares, next_task
+from backends.cpu.kernels.integer import MATRIX, TILE, block_totals, share_products
+from backends.cpu.kernels.jit import LANES, inner, kernel, signed
+from backends.cpu.kernels.position import position_row
+from backends.cpu.kernels.sharing import next_task
+from backends.cpu.kernels.stages import Marks, finish_stage, new_marks, stage_shares
 
-__all__ = ["ATTENTION_OUTPUT", "DOWN", "GATE", "QUERY", "SLOTS", "UP", "forward", "gated_products"]
+__all__ = ["ATTENTION_OUTPUT", "DOWN", "GATE", "QUERY", "SLOTS", "STEP", "UP", "forward"]
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
+typed_intrinsic: Any = intrinsic
+carray: Any = numba.carray     # type: ignore[attr-defined]
 
 # a layer's matrices; a slot without one has no blocks. Query, key and value take up to three, unlike types apart
 QUERY, ATTENTION_OUTPUT, GATE, UP, DOWN, SLOTS = 0, 3, 4, 5, 6, 7
+STAGES = 11                 # of a layer: norm, up to three of qkv, rope, attention, merging, output, norm, gate and up, down
+
+STEP = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            # addresses: (layers, SLOTS) of MATRIX; (layers, 2, D): before attention, before the feed-forward;
+            # (layers, columns of qkv) or nothing; (layers, 2, head size) or nothing; (layers,): 0 is all
+            "matrices", "norms", "biases", "head_norms", "windows",
+            # addresses: (T, rotary / 2) twice; (T,); (blocks, 4); (B, W); the pages
+            "cosine", "sine", "slots", "blocks", "tables", "keys", "values",
+            # addresses: x (T, D) is changed in place; the rest is workspace, with what is prepared of its groups
+            "x", "normed", "normed_groups", "qkv", "mixed", "mixed_groups", "gated", "gated_groups",
+            "nap",
+            # sizes
+            "layers", "hidden", "width", "heads", "kv_heads", "head_size", "page_tokens", "pages", "rotary_half",
+            "bias_columns", "norm_size", "block_count", "table_rows", "table_width", "tokens", "room", "is_silu",
+            "interleaved",
+        )
+    ]
+    + [(name, np.float32) for name in ("epsilon", "scale", "cap", "unused")]
+)  # fmt: skip
+"""What a step is: every array by its address. room: rows that the workspace has, a whole tile at least."""
+
+
+@typed_intrinsic  # type: ignore[untyped-decorator]
+def pointer(_context: Any, address: Any) -> Any:
+    def generate(_target: Any, builder: Any, signature: Any, values: list[Any]) -> Any:
+        return builder.inttoptr(values[0], _target.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
 
 
 @inner
@@ -44,73 +81,169 @@ def gated_block(
 
 
 @inner
+def share_norms(
+    x: Floats, weight: Floats, epsilon: np.float32, out: Floats, groups: Groups, tokens: int, shares: Longs, worker: int
+) -> int:
+    t, done = next_task(shares, worker, tokens), 0
+    while t >= 0:
+        norm_row(x, weight, epsilon, out, groups, t)
+        t = next_task(shares, worker, tokens)
+        done += 1
+    return done
+
+
+@inner
 def share_gated(
-    matrices: NDArray[Any], records: Groups, is_silu: bool, out: Floats, groups: Groups, tokens: int,
-    shares: NDArray[np.int64], worker: int,
-) -> None:
-    """What one thread does of the blocks."""
-    blocks = matrices[GATE].blocks
+    matrices: NDArray[Any], records: Groups, is_silu: bool, out: Floats, groups: Groups, tokens: int, shares: Longs,
+    worker: int,
+) -> int:
+    blocks, done = matrices[GATE].blocks, 0
     b = next_task(shares, worker, blocks)
     while b >= 0:
         gated_block(matrices, records, b, is_silu, out, groups, tokens)
         b = next_task(shares, worker, blocks)
+        done += 1
+    return done
+
+
+@inner
+def share_positions(
+    qkv: Floats, bias: Floats, head_norms: Floats, epsilon: np.float32, cosine: Floats, sine: Floats, interleaved: bool,
+    slots: Longs, keys: Floats, values: Floats, layer: int, shares: Longs, worker: int,
+) -> int:  # fmt: skip
+    tokens, done = slots.shape[0], 0
+    t = next_task(shares, worker, tokens)
+    while t >= 0:
+        position_row(
+            qkv, bias, head_norms[0], head_norms[1], epsilon, cosine, sine, interleaved, slots, keys, values, layer, t
+        )  # fmt: skip
+        t = next_task(shares, worker, tokens)
+        done += 1
+    return done
+
+
+@inner
+def share_merging(
+    blocks: Ints, places: int, kv_heads: int, group: int, window: int, outs: Floats, masses: Floats, tops: Floats,
+    result: Floats, groups: Groups, shares: Longs, worker: int,
+) -> int:  # fmt: skip
+    place, done = next_task(shares, worker, places), 0
+    while place >= 0:
+        merge_parts(blocks, place, kv_heads, group, window, outs, masses, tops, result, groups)
+        place = next_task(shares, worker, places)
+        done += 1
+    return done
+
+
+@inner
+def parts_of(blocks: Ints, kv_heads: int, window: int, workers: int) -> int:
+    """Into how many tasks attention cuts the context of a block, see attention.attend."""
+    return segments_of(blocks, window) if len(blocks) * kv_heads < ENOUGH * workers else 1
+
+
+@inner
+def parts_room(step: NDArray[Any], workers: int) -> int:
+    """Floats that attention wants to keep parts of its results, in any layer."""
+    s = step[0]
+    blocks = carray(pointer(s.blocks), (s.block_count, 4), np.int32)
+    windows = carray(pointer(s.windows), (s.layers,), np.int64)
+    parts = 1
+    for layer in range(s.layers):
+        parts = max(parts, parts_of(blocks, s.kv_heads, windows[layer], workers))
+    lines = padded(queries_of(blocks) * (s.heads // s.kv_heads))
+    return len(blocks) * s.kv_heads * parts * lines * (s.head_size + LANES + 1) if parts > 1 else 0
+
+
+@inner
+def run(step: NDArray[Any], kept: Floats, marks: Marks, worker: int) -> None:
+    """One thread's way through all stages."""
+    s = step[0]
+    layers, hidden, tokens, room, size, kv_heads = s.layers, s.hidden, s.tokens, s.room, s.head_size, s.kv_heads
+    columns, query_columns, group = (s.heads + 2 * kv_heads) * size, s.heads * size, s.heads // kv_heads
+    epsilon, is_silu, interleaved = s.epsilon, s.is_silu != 0, s.interleaved != 0
+    all_matrices = carray(pointer(s.matrices), (layers, SLOTS), MATRIX)
+    norms = carray(pointer(s.norms), (layers, 2, hidden), np.float32)
+    biases = carray(pointer(s.biases), (layers, s.bias_columns), np.float32)
+    head_norms = carray(pointer(s.head_norms), (layers, 2, s.norm_size), np.float32)
+    windows = carray(pointer(s.windows), (layers,), np.int64)
+    cosine = carray(pointer(s.cosine), (tokens, s.rotary_half), np.float32)
+    sine = carray(pointer(s.sine), (tokens, s.rotary_half), np.float32)
+    slots = carray(pointer(s.slots), (tokens,), np.int64)
+    blocks = carray(pointer(s.blocks), (s.block_count, 4), np.int32)
+    tables = carray(pointer(s.tables), (s.table_rows, s.table_width), np.int32)
+    keys = carray(pointer(s.keys), (s.pages, layers, kv_heads, size, s.page_tokens), np.float32)
+    values = carray(pointer(s.values), (s.pages, layers, kv_heads, s.page_tokens, size), np.float32)
+    x = carray(pointer(s.x), (room, hidden), np.float32)
+    normed = carray(pointer(s.normed), (room, hidden), np.float32)
+    normed_groups = carray(pointer(s.normed_groups), (room, hidden // LANES, LANES), np.uint32)
+    qkv = carray(pointer(s.qkv), (tokens, columns), np.float32)
+    mixed = carray(pointer(s.mixed), (room, query_columns), np.float32)
+    mixed_groups = carray(pointer(s.mixed_groups), (room, query_columns // LANES, LANES), np.uint32)
+    gated = carray(pointer(s.gated), (room, s.width), np.float32)
+    gated_groups = carray(pointer(s.gated_groups), (room, s.width // LANES, LANES), np.uint32)
+
+    workers = marks.shape[1] - 1
+    lines = padded(queries_of(blocks) * group)
+    stage = 0
+    for layer in range(layers):
+        mine, window = all_matrices[layer], windows[layer]
+        done = share_norms(x, norms[layer, 0], epsilon, normed, normed_groups, tokens, stage_shares(marks, stage), worker)
+        finish_stage(marks, stage, tokens, done, tokens, s.nap)
+        first = 0
+        for slot in range(QUERY, ATTENTION_OUTPUT):
+            if mine[slot].blocks > 0:
+                stage += 1
+                done = share_products(
+                    mine, slot, normed_groups, tokens, qkv, first, False, stage_shares(marks, stage), worker
+                )  # fmt: skip
+                finish_stage(marks, stage, mine[slot].blocks, done, tokens, s.nap)
+                first += mine[slot].rows
+        stage += 1
+        done = share_positions(
+            qkv, biases[layer], head_norms[layer], epsilon, cosine, sine, interleaved, slots, keys, values, layer,
+            stage_shares(marks, stage), worker,
+        )  # fmt: skip
+        finish_stage(marks, stage, tokens, done, tokens, s.nap)
+
+        stage += 1
+        places = len(blocks) * kv_heads
+        parts = parts_of(blocks, kv_heads, window, workers)
+        cells = places * parts * lines if parts > 1 else 0
+        outs = kept[: cells * size].reshape((cells // (parts * lines), parts, lines, size))
+        masses = kept[cells * size : cells * (size + LANES)].reshape((cells // (parts * lines), parts, lines, LANES))
+        tops = kept[cells * (size + LANES) : cells * (size + LANES + 1)].reshape((cells // (parts * lines), parts, lines))
+        done = share(
+            qkv, keys, values, layer, blocks, tables, s.scale, window, s.cap, mixed, mixed_groups, parts, lines, outs, masses,
+            tops, stage_shares(marks, stage), worker,
+        )  # fmt: skip
+        finish_stage(marks, stage, places * parts, done, tokens, s.nap)
+        if parts > 1:
+            stage += 1
+            done = share_merging(
+                blocks, places, kv_heads, group, window, outs, masses, tops, mixed, mixed_groups, stage_shares(marks, stage),
+                worker,
+            )  # fmt: skip
+            finish_stage(marks, stage, places, done, tokens, s.nap)
+
+        stage += 1
+        done = share_products(mine, ATTENTION_OUTPUT, mixed_groups, tokens, x, 0, True, stage_shares(marks, stage), worker)
+        finish_stage(marks, stage, mine[ATTENTION_OUTPUT].blocks, done, tokens, s.nap)
+        stage += 1
+        done = share_norms(x, norms[layer, 1], epsilon, normed, normed_groups, tokens, stage_shares(marks, stage), worker)
+        finish_stage(marks, stage, tokens, done, tokens, s.nap)
+        stage += 1
+        done = share_gated(mine, normed_groups, is_silu, gated, gated_groups, tokens, stage_shares(marks, stage), worker)
+        finish_stage(marks, stage, mine[GATE].blocks, done, tokens, s.nap)
+        stage += 1
+        done = share_products(mine, DOWN, gated_groups, tokens, x, 0, True, stage_shares(marks, stage), worker)
+        finish_stage(marks, stage, mine[DOWN].blocks, done, tokens, s.nap)
+        stage += 1
 
 
 @kernel
-def gated_products(
-    matrices: NDArray[Any], records: Groups, is_silu: bool, out: Floats, groups: Groups, tokens: int, workers: int
-) -> None:
-    shares = new_shares(workers)
+def forward(step: NDArray[Any], workers: int) -> None:
+    """All layers; step is one STEP."""
+    kept = np.empty(parts_room(step, workers), np.float32)
+    marks = new_marks(STAGES * step[0].layers, workers)
     for worker in prange(workers):
-        share_gated(matrices, records, is_silu, out, groups, tokens, shares, signed(worker))
-
-
-@driver
-def forward(
-    matrices: NDArray[Any],         # (layers, SLOTS) of MATRIX
-    norms: Floats,                  # (layers, 2, D): before attention, before the feed-forward
-    biases: Floats,                 # (layers, columns of qkv), or (layers, 0)
-    head_norms: Floats,             # (layers, 2, head size): of queries and keys; or (layers, 2, 0)
-    windows: Longs,                 # (layers,): 0 is all
-    epsilon: np.float32,
-    is_silu: bool,
-    scale: np.float32,
-    cap: np.float32,
-    interleaved: bool,
-    cosine: Floats,
-    sine: Floats,
-    slots: Longs,
-    blocks: Ints,
-    tables: Ints,
-    keys: Floats,
-    values: Floats,
-    workers: int,
-    tokens: int,
-    x: Floats,                      # (T, D), changed in place
-    normed: Floats,
-    normed_groups: Groups,
-    qkv: Floats,
-    mixed: Floats,                  # (T, H hs)
-    mixed_groups: Groups,
-    gated: Floats,                  # (T, F)
-    gated_groups: Groups,
-    number: Longs,                  # 0, 1, 2, ... SLOTS - 1: Numba would compile a kernel for each literal that it is given
-) -> None:
-    write, add = number[0] > 0, number[0] == 0
-    for layer in range(matrices.shape[0]):
-        mine = matrices[layer]
-        rms_norm(x, norms[layer, 0], epsilon, normed, normed_groups, tokens)
-        first = number[0]
-        for slot in range(QUERY, ATTENTION_OUTPUT):
-            if mine[slot].blocks > 0:
-                products(mine, slot, normed_groups, qkv, first, write, tokens, workers)
-                first += mine[slot].rows
-        rotate_and_write(
-            qkv, biases[layer], head_norms[layer, 0], head_norms[layer, 1], epsilon, cosine, sine, interleaved, slots, keys,
-            values, layer,
-        )  # fmt: skip
-        attend(qkv, keys, values, layer, blocks, tables, scale, windows[layer], cap, workers, mixed, mixed_groups)
-        products(mine, number[ATTENTION_OUTPUT], mixed_groups, x, number[0], add, tokens, workers)
-        rms_norm(x, norms[layer, 1], epsilon, normed, normed_groups, tokens)
-        gated_products(mine, normed_groups, is_silu, gated, gated_groups, tokens, workers)
-        products(mine, number[DOWN], gated_groups, x, number[0], add, tokens, workers)
+        run(step, kept, marks, signed(worker))

@@ -273,13 +273,15 @@ def block_products(
 def share_products(
     matrices: NDArray[Any], number: int, records: Words, tokens: int, out: Floats, first: int, add: bool,
     shares: NDArray[np.int64], worker: int,
-) -> None:
-    """What one thread does of the blocks."""
-    blocks = matrices[number].blocks
+) -> int:
+    """What one thread does of the blocks, and how many they are."""
+    blocks, done = matrices[number].blocks, 0
     b = next_task(shares, worker, blocks)
     while b >= 0:
         block_products(matrices, number, records, b, tokens, out, first, add)
         b = next_task(shares, worker, blocks)
+        done += 1
+    return done
 
 
 @kernel
