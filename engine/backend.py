@@ -61,6 +61,7 @@ class LoadOptions:
     fp8_kvcache: bool = False
     context_length: int = 0
     max_num_seqs: int = 0
+    checkpoint: str | None = None        # what open_checkpoint takes, for a process that opens the same tensors again
 
 
 @dataclass(frozen=True, slots=True)

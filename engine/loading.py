@@ -111,6 +111,7 @@ async def _fill(
     options = LoadOptions(
         dtype=config.dtype, threads=config.threads, device_ids=config.device_ids, kv_fraction=config.kv_fraction,
         fp8_kvcache=config.fp8_kvcache, context_length=context_length, max_num_seqs=max_num_seqs,
+        checkpoint=str(checkpoint.path.absolute()),
     )  # fmt: skip
     await device.call(backend.load, spec.at_context(context_length), checkpoint.tensors, options, report)
     pages = await device.call(backend.allocate_cache, config.kv_bytes)

@@ -1,1 +1,1 @@
-"""The CUDA backend: cuda.core and kernels in CUDA C++, no PyTorch. Correct in CI through the emulated device of tests/cuda."""
+"""The CUDA backend: cuda.core and kernels in CUDA C++, no PyTorch. tests/cuda runs it on an emulated device."""

@@ -1,4 +1,4 @@
-"""Device: the little that the runner needs of a GPU. nvidia.py has it on cuda.core; tests have it on the CPU, from the same .cu files.
+"""Device: the little that the runner needs of a GPU. nvidia.py has it on cuda.core, tests on the CPU from the same .cu files.
 
 Everything that follows on a stream happens in order and later: launch, copies and replays return at once. Addresses are
 plain integers, so that a kernel can be given the middle of an array. Nobody else imports a CUDA library.
@@ -49,8 +49,9 @@ class Array:
         return Array(self.address + index * prod(inner) * ITEM_BYTES[self.item], inner, self.item)
 
 
-Argument = Array | int | np.int32 | np.uint32 | np.int64 | np.float32
-"""What a kernel is given: an Array or an int is a pointer, a NumPy scalar a number of that very type."""
+Argument = Array | int | np.int32 | np.uint32 | np.int64 | np.float32 | bytes
+"""What a kernel is given: an Array or an int is a pointer, a NumPy scalar a number of that very type, bytes a structure by
+value (kernels of cutlass_kernels/ take such)."""
 
 
 @dataclass(frozen=True, slots=True)

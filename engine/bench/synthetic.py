@@ -89,7 +89,7 @@ def synthetic_checkpoint(wanted: str) -> Checkpoint:
         name=f"synthetic-{name}-{kind or 'bf16'}",
         spec=spec,
         tensors=RandomTensors(spec, TYPES[kind or "bf16"]),
-        tokenizer=_tokenizer(spec.vocabulary_size),
+        tokenizer=tokenizer_of(spec.vocabulary_size),
         template=None,
         end_ids=frozenset(),
         sampling_defaults={},
@@ -106,7 +106,7 @@ def _spec(name: str, shape: Shape) -> ModelSpec:
     return ModelSpec(name, shape.vocabulary, shape.hidden, (layer,) * shape.layers, 1e-6, shape.tied, CONTEXT)
 
 
-def _tokenizer(size: int) -> Tokenizer:
+def tokenizer_of(size: int) -> Tokenizer:
     """Token i writes the letter i mod 26: enough to stream something."""
     backend = TokenizerBackend(models.BPE({chr(97 + i): i for i in range(26)}, []))
     pieces = tuple(bytes([97 + i % 26]) for i in range(size))

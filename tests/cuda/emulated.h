@@ -2,11 +2,15 @@
 //
 // A CUDA thread is a fiber, blocks run one after another. Barriers, shuffles, cp.async, ldmatrix and mma.sync behave as on a GPU,
 // but for what makes a wrong kernel visible: dynamic shared memory begins as NaNs, an asynchronous copy lands only when it is
-// waited for, fibers take turns in an order that the caller chooses, vectors at a wrong alignment, divergent barriers, partial
-// masks and touching memory that is not there are errors. emulated_device.py calls what the macro KERNEL_ENTRY makes.
+// waited for (with seeds beyond 1: some at once, some then), fibers and blocks take turns in an order that the caller chooses,
+// vectors at a wrong alignment, divergent barriers and warps, partial masks and touching memory that is not there are errors.
+// emulated_device.py calls what the macro KERNEL_ENTRY makes.
 #pragma once
 #define EMULATED 1
 
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <csetjmp>
 #include <csignal>
 #include <cmath>
@@ -35,6 +39,8 @@
 #define __host__
 #define __constant__ static const
 #define __forceinline__ inline
+#undef __noinline__
+#define __noinline__ __attribute__((noinline))
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __restrict__
@@ -42,302 +48,26 @@
 // static shared memory would not be poisoned: kernels have dynamic shared memory only
 #define __shared__ static_assert(false, "use SHARED");
 
+#include "emulated_threads.h"
+
 namespace emulated {
 
-constexpr size_t STACK_BYTES = 128 << 10;
-
-struct Copy { void* to; const void* from; bool there; };
-
-struct Fiber {
-    void* stack_pointer = nullptr;
-    uint3 thread{};
-    int number = 0;
-    bool done = false;
-    std::vector<char> stack;
-    std::vector<Copy> copies;
-    std::vector<size_t> groups;      // how many of the copies belong to the groups committed so far
-};
-
-struct Warp {
-    unsigned generation = 0;
-    int arrived = 0, alive = 0;
-    int what = 0;                    // the warp function that its threads are in: all must be in the same one
-    alignas(16) unsigned char slot[32][64];
-    alignas(16) unsigned char result[32][64];
-};
-
-struct Block {
-    std::vector<Fiber> fibers;
-    std::vector<Warp> warps;
-    std::vector<int> order;          // turn -> thread; place -> turn
-    std::vector<int> place;
-    dim3 size, grid;
-    uint3 index{};
-    int threads = 0, alive = 0, arrived = 0;
-    unsigned generation = 0;
-    std::vector<unsigned char> memory;
-    unsigned char* shared = nullptr;
-    size_t shared_bytes = 0;
-    long idle = 0;                   // turns since a thread came further
-    void* main_stack = nullptr;
-};
-
-static Block block;
-static Fiber* current;
-static void (*entry)(void*);
-static void* entry_arguments;
-static char message[512];
-static sigjmp_buf way_out;
-static volatile bool running = false;
-
-extern "C" void emulated_swap(void** save, void* to);
-#if defined(__x86_64__)
-asm(R"(
-.text
-.globl emulated_swap
-.hidden emulated_swap
-emulated_swap:
- pushq %rbp
- pushq %rbx
- pushq %r12
- pushq %r13
- pushq %r14
- pushq %r15
- movq %rsp,(%rdi)
- movq %rsi,%rsp
- popq %r15
- popq %r14
- popq %r13
- popq %r12
- popq %rbx
- popq %rbp
- ret
-)");
-#elif defined(__aarch64__)
-asm(R"(
-.text
-.globl emulated_swap
-.hidden emulated_swap
-emulated_swap:
- sub sp, sp, #160
- stp x19, x20, [sp, #0]
- stp x21, x22, [sp, #16]
- stp x23, x24, [sp, #32]
- stp x25, x26, [sp, #48]
- stp x27, x28, [sp, #64]
- stp x29, x30, [sp, #80]
- stp d8, d9, [sp, #96]
- stp d10, d11, [sp, #112]
- stp d12, d13, [sp, #128]
- stp d14, d15, [sp, #144]
- mov x9, sp
- str x9, [x0]
- mov sp, x1
- ldp x19, x20, [sp, #0]
- ldp x21, x22, [sp, #16]
- ldp x23, x24, [sp, #32]
- ldp x25, x26, [sp, #48]
- ldp x27, x28, [sp, #64]
- ldp x29, x30, [sp, #80]
- ldp d8, d9, [sp, #96]
- ldp d10, d11, [sp, #112]
- ldp d12, d13, [sp, #128]
- ldp d14, d15, [sp, #144]
- add sp, sp, #160
- ret
-)");
-#else
-#error "the emulated device switches fibers on x86-64 and aarch64 only"
-#endif
-
-// Leave the kernel with an error; its fibers are never resumed.
-[[noreturn]] inline void fail(const char* format, ...) {
-    char what[300];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(what, sizeof what, format, arguments);
-    va_end(arguments);
-    if (current)
-        snprintf(message, sizeof message, "%s (block %u, %u, %u, thread %d)", what, block.index.x, block.index.y, block.index.z, current->number);
+// What an argument is: the item of backends.cuda.device.Array that a pointer goes to ("*" for bytes of any kind), or the number.
+template <class A>
+constexpr const char* kind() {
+    if constexpr (std::is_pointer_v<A>) {
+        using To = std::remove_cv_t<std::remove_pointer_t<A>>;
+        if constexpr (std::is_same_v<To, float>) return "*f32";
+        else if constexpr (std::is_same_v<To, double>) return "*f64";
+        else if constexpr (std::is_same_v<To, __nv_bfloat16>) return "*bf16";
+        else if constexpr (std::is_same_v<To, __half>) return "*f16";
+        else if constexpr (std::is_integral_v<To> && sizeof(To) == 4) return "*i32";
+        else if constexpr (std::is_integral_v<To> && sizeof(To) == 8) return "*i64";
+        else return "*";
+    } else if constexpr (std::is_integral_v<A> && !std::is_same_v<A, bool>)
+        return sizeof(A) == 4 ? "i32" : sizeof(A) == 8 ? "i64" : "no number that a launch takes";
     else
-        snprintf(message, sizeof message, "%s", what);
-    siglongjmp(way_out, 1);
-}
-
-inline void go(Fiber* to) {
-    Fiber* from = current;
-    current = to;
-    if (from != to) emulated_swap(&from->stack_pointer, to->stack_pointer);
-}
-
-inline Fiber* after(int number) {
-    int turn = block.place[number];
-    for (int k = 1; k <= block.threads; k++) {
-        Fiber& next = block.fibers[block.order[(turn + k) % block.threads]];
-        if (!next.done) return &next;
-    }
-    return nullptr;
-}
-
-inline void yield(const char* where) {
-    if (++block.idle > 4L * block.threads + 64) fail("no thread comes further: some wait in %s, others never come there", where);
-    go(after(current->number));
-}
-
-inline void release_block() {
-    if (block.alive > 0 && block.arrived >= block.alive) {
-        block.arrived = 0;
-        block.generation++;
-    }
-}
-
-inline void barrier() {
-    unsigned generation = block.generation;
-    block.arrived++;
-    block.idle = 0;
-    release_block();
-    while (block.generation == generation) yield("__syncthreads");
-}
-
-// All 32 threads of a warp come here with the same `what`; the last one does work() from slots to results, then all go on. A
-// result stays until all have come to the next warp function, so that each has read its own by then.
-template <class Work>
-inline void together(int what, const char* name, Work work) {
-    Warp& warp = block.warps[current->number / 32];
-    if (warp.arrived == 0) warp.what = what;
-    if (warp.what != what) fail("a warp's threads are in different functions, one of them %s", name);
-    unsigned generation = warp.generation;
-    warp.arrived++;
-    block.idle = 0;
-    if (warp.arrived == warp.alive) {
-        if (warp.alive != 32) fail("%s by %d threads of a warp: all 32 must come", name, warp.alive);
-        work(warp);
-        warp.arrived = 0;
-        warp.generation++;
-    }
-    while (warp.generation == generation) yield(name);
-}
-
-static void thread_main() {
-    entry(entry_arguments);
-    Fiber* me = current;
-    me->done = true;
-    block.idle = 0;
-    block.alive--;
-    Warp& warp = block.warps[me->number / 32];
-    warp.alive--;
-    if (warp.arrived) fail("a thread ends while others of its warp wait for it");
-    release_block();
-    if (Fiber* next = after(me->number)) {
-        current = next;
-        emulated_swap(&me->stack_pointer, next->stack_pointer);
-    } else {
-        void* unused;
-        current = nullptr;
-        emulated_swap(&unused, block.main_stack);
-    }
-    abort();
-}
-
-inline void prepare_stack(Fiber& fiber) {
-    if (fiber.stack.empty()) fiber.stack.resize(STACK_BYTES);
-    uintptr_t top = (reinterpret_cast<uintptr_t>(fiber.stack.data()) + STACK_BYTES) & ~uintptr_t(15);
-    void** place = reinterpret_cast<void**>(top);
-#if defined(__x86_64__)
-    *--place = nullptr;
-    *--place = reinterpret_cast<void*>(thread_main);
-    for (int k = 0; k < 6; k++) *--place = nullptr;
-#else
-    place -= 20;
-    memset(place, 0, 160);
-    place[11] = reinterpret_cast<void*>(thread_main);    // x30
-#endif
-    fiber.stack_pointer = place;
-}
-
-inline void run_block(uint3 index) {
-    block.index = index;
-    block.alive = block.threads;
-    block.arrived = 0;
-    block.idle = 0;
-    for (Warp& warp : block.warps) warp.arrived = warp.alive = 0;
-    memset(block.shared, 0xFF, block.shared_bytes);
-    for (int i = 0; i < block.threads; i++) {
-        Fiber& fiber = block.fibers[i];
-        fiber.number = i;
-        fiber.thread = {unsigned(i), 0, 0};
-        fiber.done = false;
-        fiber.copies.clear();
-        fiber.groups.clear();
-        block.warps[i / 32].alive++;
-        prepare_stack(fiber);
-    }
-    current = &block.fibers[block.order[0]];
-    emulated_swap(&block.main_stack, current->stack_pointer);
-}
-
-// Turns: 0 ascending, 1 descending, else shuffled by the seed.
-inline void choose_order(int threads, unsigned seed) {
-    block.order.resize(threads);
-    block.place.resize(threads);
-    for (int i = 0; i < threads; i++) block.order[i] = seed == 1 ? threads - 1 - i : i;
-    if (seed > 1) {
-        uint64_t state = seed * 0x9E3779B97F4A7C15ull;
-        for (int i = threads - 1; i > 0; i--) {
-            state = state * 6364136223846793005ull + 1442695040888963407ull;
-            std::swap(block.order[i], block.order[(state >> 33) % (i + 1)]);
-        }
-    }
-    for (int turn = 0; turn < threads; turn++) block.place[block.order[turn]] = turn;
-}
-
-inline void on_fault(int, siginfo_t* info, void*) {
-    if (!running) {
-        signal(SIGSEGV, SIG_DFL);
-        return;
-    }
-    snprintf(
-        message, sizeof message, "memory that is not there was touched: address %p (block %u, %u, %u, thread %d)", info->si_addr,
-        block.index.x, block.index.y, block.index.z, current ? current->number : -1);
-    siglongjmp(way_out, 1);
-}
-
-inline int launch(void (*kernel)(void*), void* arguments, const unsigned* grid, unsigned threads, size_t shared_bytes, unsigned seed) {
-    static std::vector<char> signal_stack(64 << 10);
-    entry = kernel;
-    entry_arguments = arguments;
-    block.size = dim3(threads);
-    block.grid = dim3(grid[0], grid[1], grid[2]);
-    block.threads = threads;
-    block.fibers.resize(threads);
-    block.warps.resize((threads + 31) / 32);
-    block.memory.resize(shared_bytes + 128);
-    block.shared = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block.memory.data()) + 127) & ~uintptr_t(127));
-    block.shared_bytes = shared_bytes;
-    choose_order(threads, seed);
-    message[0] = 0;
-
-    stack_t stack{}, old_stack{};
-    stack.ss_sp = signal_stack.data();
-    stack.ss_size = signal_stack.size();
-    struct sigaction action{}, old_segv{}, old_bus{};
-    action.sa_sigaction = on_fault;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    sigaltstack(&stack, &old_stack);
-    sigaction(SIGSEGV, &action, &old_segv);
-    sigaction(SIGBUS, &action, &old_bus);
-    running = true;
-    int failed = sigsetjmp(way_out, 1);
-    if (!failed)
-        for (unsigned z = 0; z < grid[2]; z++)
-            for (unsigned y = 0; y < grid[1]; y++)
-                for (unsigned x = 0; x < grid[0]; x++) run_block({x, y, z});
-    running = false;
-    current = nullptr;
-    sigaction(SIGSEGV, &old_segv, nullptr);
-    sigaction(SIGBUS, &old_bus, nullptr);
-    sigaltstack(&old_stack, nullptr);
-    return failed;
+        return std::is_same_v<A, float> ? "f32" : "no number that a launch takes";
 }
 
 template <class F>
@@ -345,7 +75,7 @@ struct Call;
 template <class... A>
 struct Call<void (*)(A...)> {
     static constexpr size_t COUNT = sizeof...(A);
-    static constexpr size_t SIZES[COUNT + 1] = {sizeof(A)..., 0};
+    static constexpr const char* KINDS[COUNT + 1] = {kind<A>()..., nullptr};
     template <void (*K)(A...), size_t... I>
     static void run(void** a, std::index_sequence<I...>) {
         K(*static_cast<std::remove_const_t<std::remove_reference_t<A>>*>(a[I])...);
@@ -360,65 +90,73 @@ inline void whole(unsigned mask, const char* name) {
     if (mask != 0xffffffffu) fail("%s with the partial mask %08x", name, mask);
 }
 
-enum { SHUFFLE = 1, BALLOT, SYNC, LOAD_MATRIX, MULTIPLY };
+enum { SHUFFLE = 1, BALLOT, REDUCE, SYNC, LOAD_MATRIX, MULTIPLY };
 
 template <class T>
-inline T from_lane(T value, int lane) {
+inline T from_lane(T value, int lane, int site) {
     static_assert(sizeof(T) <= 64);
-    Warp& warp = my_warp();
-    memcpy(warp.slot[my_lane()], &value, sizeof value);
-    together(SHUFFLE, "a shuffle", [](Warp& w) { memcpy(w.result, w.slot, sizeof w.slot); });
+    auto mine = reinterpret_cast<unsigned char*>(my_warp().now().slot);
+    memcpy(mine + my_lane() * sizeof(T), &value, sizeof value);
+    Exchange& e = together(SHUFFLE, "a shuffle", [](Exchange&) {}, site);
     T got;
-    memcpy(&got, warp.result[lane], sizeof got);
+    memcpy(&got, reinterpret_cast<unsigned char*>(e.slot) + lane * sizeof(T), sizeof got);
     return got;
 }
 
-inline float bf16_at(const unsigned char* p) {
-    uint16_t half;
-    memcpy(&half, p, 2);
-    uint32_t word = uint32_t(half) << 16;
+inline float bf16_bits(uint32_t word) {
     float value;
     memcpy(&value, &word, 4);
     return value;
 }
 
-inline void multiply_warp(Warp& w) {
-    float a[16][16], b[16][8];
-    for (int lane = 0; lane < 32; lane++)
-        for (int i = 0; i < 2; i++) {
-            int g = lane / 4, t = lane % 4;
-            for (int r = 0; r < 4; r++) a[g + 8 * (r & 1)][2 * t + i + 8 * (r >> 1)] = bf16_at(w.slot[lane] + 4 * r + 2 * i);
-            for (int r = 0; r < 2; r++) b[2 * t + i + 8 * r][g] = bf16_at(w.slot[lane] + 16 + 4 * r + 2 * i);
+// Slots hold a, b and d of each lane; sums go from k = 0 to 15 and are added to d at the end. Rows of b and d are vectors,
+// as this is what big products do most.
+inline void multiply_warp(Exchange& w) {
+    typedef float Row __attribute__((vector_size(32)));
+    alignas(32) float a[16][16], b[16][8], d[16][8];
+    for (int lane = 0; lane < 32; lane++) {
+        int g = lane / 4, t = lane % 4;
+        uint32_t words[6];
+        memcpy(words, w.slot[lane], sizeof words);
+        for (int r = 0; r < 4; r++) {
+            float* to = &a[g + 8 * (r & 1)][2 * t + 8 * (r >> 1)];
+            to[0] = bf16_bits(words[r] << 16), to[1] = bf16_bits(words[r] & 0xffff0000u);
         }
-    float d[16][8];
-    for (int m = 0; m < 16; m++) {
-        for (int n = 0; n < 8; n++) d[m][n] = 0;
-        for (int k = 0; k < 16; k++)
-            for (int n = 0; n < 8; n++) d[m][n] += a[m][k] * b[k][n];
+        for (int r = 0; r < 2; r++) {
+            b[2 * t + 8 * r][g] = bf16_bits(words[4 + r] << 16);
+            b[2 * t + 8 * r + 1][g] = bf16_bits(words[4 + r] & 0xffff0000u);
+        }
     }
-    for (int lane = 0; lane < 32; lane++)
-        for (int q = 0; q < 4; q++) {
-            float before;
-            memcpy(&before, w.slot[lane] + 24 + 4 * q, 4);
-            float after = before + d[lane / 4 + 8 * (q / 2)][lane % 4 * 2 + (q & 1)];
-            memcpy(w.result[lane] + 4 * q, &after, 4);
+    for (int m = 0; m < 16; m++) {
+        Row sum{}, one;
+        for (int k = 0; k < 16; k++) {
+            memcpy(&one, b[k], sizeof one);
+            sum += a[m][k] * one;
         }
+        memcpy(d[m], &sum, sizeof sum);
+    }
+    for (int lane = 0; lane < 32; lane++) {
+        int g = lane / 4, t = lane % 4;
+        float sums[4];
+        memcpy(sums, w.slot[lane] + 24, sizeof sums);
+        for (int q = 0; q < 4; q++) sums[q] += d[g + 8 * (q / 2)][2 * t + (q & 1)];
+        memcpy(w.result[lane], sums, sizeof sums);
+    }
 }
 
 inline void load_matrix(unsigned (&r)[4], const void* row, bool transposed) {
-    Warp& warp = my_warp();
     auto at = static_cast<const unsigned char*>(row);
     if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix from an address that is no multiple of 16");
     if (at < block.shared || at + 16 > block.shared + block.shared_bytes) fail("ldmatrix from outside of shared memory");
-    memcpy(warp.slot[my_lane()], row, 16);
-    together(LOAD_MATRIX, "ldmatrix", [](Warp& w) { memcpy(w.result, w.slot, sizeof w.slot); });
     int lane = my_lane();
+    memcpy(my_warp().now().slot[lane], row, 16);
+    Exchange& e = together(LOAD_MATRIX, "ldmatrix", [](Exchange&) {});
     for (int m = 0; m < 4; m++)
         if (!transposed)
-            memcpy(&r[m], warp.result[8 * m + lane / 4] + 4 * (lane % 4), 4);
+            memcpy(&r[m], e.slot[8 * m + lane / 4] + 4 * (lane % 4), 4);
         else {
             uint16_t pair[2];
-            for (int i = 0; i < 2; i++) memcpy(&pair[i], warp.result[8 * m + 2 * (lane % 4) + i] + 2 * (lane / 4), 2);
+            for (int i = 0; i < 2; i++) memcpy(&pair[i], e.slot[8 * m + 2 * (lane % 4) + i] + 2 * (lane / 4), 2);
             memcpy(&r[m], pair, 4);
         }
 }
@@ -443,11 +181,10 @@ inline unsigned char* shared_at(size_t offset) {
             [](void* a) { Type::template run<&__VA_ARGS__>(static_cast<void**>(a), std::make_index_sequence<Type::COUNT>{}); }, \
             arguments, grid, threads, shared_bytes, seed);                                                                  \
     }                                                                                                                       \
-    extern "C" size_t NAME##_argument(size_t i) {                                                                           \
+    extern "C" const char* NAME##_argument(size_t i) {                                                                      \
         using Type = emulated::Call<decltype(&__VA_ARGS__)>;                                                                \
-        return i < Type::COUNT ? Type::SIZES[i] : 0;                                                                        \
+        return i < Type::COUNT ? Type::KINDS[i] : nullptr;                                                                  \
     }
-extern "C" const char* emulated_message() { return emulated::message; }
 
 #define threadIdx (emulated::current->thread)
 #define blockIdx (emulated::block.index)
@@ -457,47 +194,68 @@ extern "C" const char* emulated_message() { return emulated::message; }
 #define SHARED(T, name, offset) T* name = reinterpret_cast<T*>(emulated::shared_at(offset))
 #define CHECK_ALIGNED(T, p) emulated::check_aligned(p, alignof(T) > sizeof(T) ? alignof(T) : sizeof(T))
 
-inline void __syncthreads() { emulated::barrier(); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
-    emulated::whole(mask, "__syncwarp");
-    emulated::together(emulated::SYNC, "__syncwarp", [](emulated::Warp&) {});
-}
-inline void __threadfence() {}
-template <class T>
-inline T __shfl_sync(unsigned mask, T value, int lane) {
-    emulated::whole(mask, "__shfl_sync");
-    return emulated::from_lane(value, lane & 31);
-}
-template <class T>
-inline T __shfl_xor_sync(unsigned mask, T value, int far) {
-    emulated::whole(mask, "__shfl_xor_sync");
-    return emulated::from_lane(value, emulated::my_lane() ^ far);
+// These know the place in the text that they are called from: threads must meet at the same one.
+#define __syncthreads() emulated::barrier(__COUNTER__)
+#define __syncwarp(...) emulated::syncwarp(__COUNTER__ __VA_OPT__(, ) __VA_ARGS__)
+#define __shfl_sync(...) emulated::shuffle(__COUNTER__, __VA_ARGS__)
+#define __shfl_xor_sync(...) emulated::shuffle_xor(__COUNTER__, __VA_ARGS__)
+#define __shfl_down_sync(...) emulated::shuffle_down(__COUNTER__, __VA_ARGS__)
+#define __shfl_up_sync(...) emulated::shuffle_up(__COUNTER__, __VA_ARGS__)
+#define __ballot_sync(...) emulated::ballot(__COUNTER__, __VA_ARGS__)
+#define __reduce_max_sync(...) emulated::reduce_max(__COUNTER__, __VA_ARGS__)
+namespace emulated {
+inline void syncwarp(int site, unsigned mask = 0xffffffffu) {
+    whole(mask, "__syncwarp");
+    together(SYNC, "__syncwarp", [](Exchange&) {}, site);
 }
 template <class T>
-inline T __shfl_down_sync(unsigned mask, T value, int far) {
-    emulated::whole(mask, "__shfl_down_sync");
-    int lane = emulated::my_lane();
-    return emulated::from_lane(value, lane + far < 32 ? lane + far : lane);
+inline T shuffle(int site, unsigned mask, T value, int lane) {
+    whole(mask, "__shfl_sync");
+    return from_lane(value, lane & 31, site);
 }
 template <class T>
-inline T __shfl_up_sync(unsigned mask, T value, int far) {
-    emulated::whole(mask, "__shfl_up_sync");
-    int lane = emulated::my_lane();
-    return emulated::from_lane(value, lane - far >= 0 ? lane - far : lane);
+inline T shuffle_xor(int site, unsigned mask, T value, int far) {
+    whole(mask, "__shfl_xor_sync");
+    return from_lane(value, my_lane() ^ far, site);
 }
-inline unsigned __ballot_sync(unsigned mask, int yes) {
-    emulated::whole(mask, "__ballot_sync");
-    emulated::Warp& warp = emulated::my_warp();
-    warp.slot[emulated::my_lane()][0] = yes != 0;
-    emulated::together(emulated::BALLOT, "__ballot_sync", [](emulated::Warp& w) {
+template <class T>
+inline T shuffle_down(int site, unsigned mask, T value, int far) {
+    whole(mask, "__shfl_down_sync");
+    int lane = my_lane();
+    return from_lane(value, lane + far < 32 ? lane + far : lane, site);
+}
+template <class T>
+inline T shuffle_up(int site, unsigned mask, T value, int far) {
+    whole(mask, "__shfl_up_sync");
+    int lane = my_lane();
+    return from_lane(value, lane - far >= 0 ? lane - far : lane, site);
+}
+inline unsigned ballot(int site, unsigned mask, int yes) {
+    whole(mask, "__ballot_sync");
+    my_warp().now().slot[my_lane()][0] = yes != 0;
+    Exchange& e = together(BALLOT, "__ballot_sync", [](Exchange& w) {
         unsigned bits = 0;
         for (int i = 0; i < 32; i++) bits |= unsigned(w.slot[i][0]) << i;
         memcpy(w.result[0], &bits, 4);
-    });
+    }, site);
     unsigned bits;
-    memcpy(&bits, warp.result[0], 4);
+    memcpy(&bits, e.result[0], 4);
     return bits;
 }
+inline unsigned reduce_max(int site, unsigned mask, unsigned value) {
+    whole(mask, "__reduce_max_sync");
+    memcpy(my_warp().now().slot[my_lane()], &value, 4);
+    Exchange& e = together(REDUCE, "__reduce_max_sync", [](Exchange& w) {
+        unsigned most = 0, one;
+        for (int i = 0; i < 32; i++) memcpy(&one, w.slot[i], 4), most = one > most ? one : most;
+        memcpy(w.result[0], &most, 4);
+    }, site);
+    unsigned most;
+    memcpy(&most, e.result[0], 4);
+    return most;
+}
+}  // namespace emulated
+inline void __threadfence() {}
 inline int __any_sync(unsigned mask, int yes) { return __ballot_sync(mask, yes) != 0; }
 inline int __all_sync(unsigned mask, int yes) { return __ballot_sync(mask, yes) == 0xffffffffu; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -520,7 +278,12 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { volatile float p = a * b; return p; }
 inline float __fadd_rn(float a, float b) { volatile float s = a + b; return s; }
+inline float __fsub_rn(float a, float b) { volatile float s = a - b; return s; }
+inline float __fdiv_rn(float a, float b) { volatile float q = a / b; return q; }
 inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dsub_rn(double a, double b) { return a - b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __ddiv_rn(double a, double b) { return a / b; }
 template <class T>
 inline T __ldg(const T* p) { return *p; }
 template <class T>
@@ -532,16 +295,34 @@ inline T atomicAdd(T* p, T v) { T old = *p; *p = old + v; return old; }
 template <class T>
 inline T atomicMax(T* p, T v) { T old = *p; if (v > old) *p = v; return old; }
 template <class T>
+inline T atomicMin(T* p, T v) { T old = *p; if (v < old) *p = v; return old; }
+template <class T>
 inline T atomicExch(T* p, T v) { T old = *p; *p = v; return old; }
 template <class T>
 inline T atomicOr(T* p, T v) { T old = *p; *p = old | v; return old; }
+template <class T>
+inline T __ldcg(const T* p) { return *p; }
+inline unsigned atomicInc(unsigned* p, unsigned most) { unsigned old = *p; *p = old >= most ? 0 : old + 1; return old; }
+inline float fast_exp2(float x) { return std::exp2(x); }
 
+template <class T>
+inline T load_streamed(const void* p) {
+    CHECK_ALIGNED(T, p);
+    T v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
 inline void copy_async_16_or_zero(void* to, const void* from, bool there) {
     emulated::check_aligned(to, 16);
     if (there) emulated::check_aligned(from, 16);
     auto at = static_cast<unsigned char*>(to);
     if (at < emulated::block.shared || at + 16 > emulated::block.shared + emulated::block.shared_bytes)
         emulated::fail("cp.async to outside of shared memory");
+    if (emulated::block.seed > 1 && emulated::by_chance() % 2) {      // a copy may also land at once
+        if (there) memcpy(to, from, 16);
+        else memset(to, 0, 16);
+        return;
+    }
     emulated::current->copies.push_back({to, from, there});
 }
 inline void copy_async_16(void* to, const void* from) { copy_async_16_or_zero(to, from, true); }
@@ -563,12 +344,11 @@ inline void copies_wait() {
 inline void load_matrix_x4(unsigned (&r)[4], const void* row) { emulated::load_matrix(r, row, false); }
 inline void load_matrix_x4_transposed(unsigned (&r)[4], const void* row) { emulated::load_matrix(r, row, true); }
 inline void multiply_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    emulated::Warp& warp = emulated::my_warp();
-    unsigned char* mine = warp.slot[emulated::my_lane()];
+    unsigned char* mine = emulated::my_warp().now().slot[emulated::my_lane()];
     memcpy(mine, a, 16);
     memcpy(mine + 16, &b0, 4);
     memcpy(mine + 20, &b1, 4);
     memcpy(mine + 24, d, 16);
-    emulated::together(emulated::MULTIPLY, "mma", emulated::multiply_warp);
-    memcpy(d, warp.result[emulated::my_lane()], 16);
+    emulated::Exchange& e = emulated::together(emulated::MULTIPLY, "mma", emulated::multiply_warp);
+    memcpy(d, e.result[emulated::my_lane()], 16);
 }

@@ -71,6 +71,37 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[4], const u32 (&a)[4], 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// 2 ^ x to about 2 units in the last place; 0 for -inf and where the result is no normal number.
+__device__ __forceinline__ float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// What is read once, past the first cache; T is a u32, uint2 or uint4. No kernel under way may write there.
+template <class T>
+__device__ __forceinline__ T load_streamed(const void* p);
+template <>
+__device__ __forceinline__ u32 load_streamed<u32>(const void* p) {
+    u32 v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)));
+    return v;
+}
+template <>
+__device__ __forceinline__ uint2 load_streamed<uint2>(const void* p) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(__cvta_generic_to_global(p)));
+    return v;
+}
+template <>
+__device__ __forceinline__ uint4 load_streamed<uint4>(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(__cvta_generic_to_global(p)));
+    return v;
+}
+
 #define CHECK_ALIGNED(T, p)
 
 #endif  // EMULATED
