@@ -109,7 +109,7 @@ def log_to_stderr(own: dict[str, Any]) -> None:
     level = own["log_level"] or ("info" if own["log"] else "warning")
     if level not in LEVELS:
         raise ConfigError(f"--log-level must be one of {', '.join(LEVELS)}, not {level!r}")
-    logging.basicConfig(level=logging.WARNING, handlers=[_StderrHandler()], force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_StderrHandler()], force=True)
     logging.getLogger("rillet").setLevel(level.upper())
     logging.getLogger("huggingface_hub").propagate = False                  # it prints its own warnings
 

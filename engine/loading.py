@@ -116,8 +116,10 @@ async def _fill(
     await device.call(backend.load, spec.at_context(context_length), checkpoint.tensors, options, report)
     pages = await device.call(backend.allocate_cache, config.kv_bytes)
     pool_tokens = pages * info.page_tokens
-    if pool_tokens < context_length and config.max_model_len is not None:
-        log.warning("the KV cache holds %d tokens, less than the context length of %d", pool_tokens, context_length)
+    bounded = pool_tokens < context_length
+    if bounded:
+        level = logging.INFO if config.max_model_len is None else logging.WARNING
+        log.log(level, "the KV cache holds %d tokens, less than the context length of %d", pool_tokens, context_length)
     context_length = min(context_length, pool_tokens)
     limits = Limits(
         max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens, max_places=info.max_places,
@@ -125,7 +127,7 @@ async def _fill(
     )  # fmt: skip
     scheduler = Scheduler(PagePool(pages, info.page_tokens), limits)
     core = Core(backend, device, scheduler, metrics, most=config.max_waiting, lookahead=config.lookahead)
-    prompts = PromptReader(checkpoint, template, context_length)
+    prompts = PromptReader(checkpoint, template, context_length, bounded_by_cache=bounded)
     return Running(checkpoint, backend, device, scheduler, core, prompts, template is not None)
 
 

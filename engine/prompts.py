@@ -22,10 +22,16 @@ SHORT_TEXT = 2048                                        # characters that are t
 
 
 class PromptReader:
-    """Reads prompts for one model, served with `context_length`; `template` is None if it has no chat template."""
+    """Reads prompts for one model, served with `context_length`; `template` is None if it has no chat template.
 
-    def __init__(self, checkpoint: Checkpoint, template: ChatTemplate | None, context_length: int) -> None:
+    bounded_by_cache: whether it is the KV cache that makes the context length so short.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, template: ChatTemplate | None, context_length: int, *, bounded_by_cache: bool = False
+    ) -> None:
         self.context_length = context_length
+        self._bounded_by_cache = bounded_by_cache
         self._spec = checkpoint.spec
         self._tokenizer = checkpoint.tokenizer
         self._template = template
@@ -67,7 +73,11 @@ class PromptReader:
     def too_long(self, tokens: str) -> ContextTooLong:
         """The refusal of a prompt of `tokens` tokens, in words."""
         limit, most = self.context_length, self._spec.context_length
-        cure = "shorten it" + (f", or start with --max-model-len {most}" if limit < most else "")
+        cure = "shorten it"
+        if self._bounded_by_cache:
+            cure += ", or give the KV cache more memory (--kv-bytes, or --kv-fraction and fewer --max-num-seqs)"
+        elif limit < most:
+            cure += f", or start with --max-model-len {most}"
         return ContextTooLong(f"the prompt has {tokens} tokens, the context length is {limit:,}: {cure}", field="prompt")
 
     def _checked_ids(self, prompt: Sequence[int]) -> tuple[int, ...]:

@@ -77,7 +77,8 @@ class Session:
             self.cache = make_cache(self.spec, pages)
         except MemoryError as error:
             wanted = pages * self.page_bytes / 1e9
-            raise OutOfDeviceMemory(f"{wanted:,.1f} GB of KV cache cannot be had: lower --kv-fraction") from error
+            message = f"{wanted:,.1f} GB of KV cache cannot be had: lower --kv-bytes or --kv-fraction"
+            raise OutOfDeviceMemory(message) from error
 
     def memory(self) -> MemoryStatistics:
         scratch = self.model.ops.nbytes + self.sampler.nbytes

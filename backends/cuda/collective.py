@@ -160,7 +160,9 @@ class StagedCollective:
                 exchange(piece, array.item)
             except WireError as error:
                 self.check()                             # the reason, if it is known
-                raise RankLost(f"rank {self.rank} lost another rank: {error}") from error
+                why = f"rank {self.rank} lost another rank: {error}"
+                self.abort(why)                          # which the others notice
+                raise RankLost(why) from error
             stream.copy_in(array.address + at, piece)
             self._busy = stream.record()
 

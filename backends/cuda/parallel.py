@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event, Lock, Thread
 from typing import Any
 
 import engine.errors
@@ -204,11 +204,15 @@ class ParallelBackend:
             raise
 
     def _end(self, wait_s: float) -> None:
+        """All ranks at a time: they may end by themselves for so long, then they must."""
         team = self._team
         if team is None:
             return
-        for peer in team.peers:
-            peer.life.end(wait_s)
+        endings = [Thread(target=peer.life.end, args=(wait_s,)) for peer in team.peers]
+        for ending in endings:
+            ending.start()
+        for ending, peer in zip(endings, team.peers, strict=True):
+            ending.join()
             peer.connection.close()
         team.dismissed()
 

@@ -32,7 +32,7 @@ from engine.bench.synthetic import synthetic_checkpoint
 from engine.bench.tables import TABLES
 from engine.bench.workloads import WORKLOADS, Rates, Workload, workload
 from engine.config import EngineConfig
-from engine.errors import ConfigError, RilletError
+from engine.errors import ConfigError, RequestError, RilletError
 from engine.flags import Flag, parse_flags
 from engine.model.spec import Dense, Mixture, ModelSpec
 from engine.weights.checkpoint import Checkpoint
@@ -62,6 +62,8 @@ OWN = (
     Flag("synthetic", "synthetic", str, "random weights in a model's shape and types, such as qwen3-0.6b:q4_k_m"),
     Flag("table", "table", str, "seed: the rows of vllm.rs's README, on synthetic models of the same shapes"),
     Flag("peer", "peer", str, "runs the same workloads in turns: llama.cpp, or the path of its llama-batched-bench"),
+    Flag("bandwidth", "bandwidth", float, "the device's, GB/s, instead of measuring this machine's memory"),
+    Flag("multiply-adds", "multiply_adds", float, "the device's, 1e9 per second, instead of measuring this machine's cores"),
     Flag("peer-python", "peer_python", str, "the interpreter that has llama-cpp-python (default: this one)"),
 )
 
@@ -78,6 +80,10 @@ class Bench:
         self.sequences = own["sequences"] or (16 if on_cpu else 256)
         self.scale = own["scale"] or (0.1 if on_cpu else 1.0)
         self.rounds = own["rounds"]
+        if self.rounds is not None and self.rounds < 1:
+            raise ConfigError(f"--rounds {self.rounds}: it is 1 or more")
+        if own["json"] and not Path(own["json"]).absolute().parent.is_dir():
+            raise ConfigError(f"--json {own['json']}: there is no such folder: make it first")
         if own["peer"] not in (None, "llama.cpp") and not Path(own["peer"]).is_file():
             raise ConfigError(f"--peer {own['peer']}: give llama.cpp, or the path of its program llama-batched-bench")
         if own["peer"] and own["synthetic"]:
@@ -88,7 +94,8 @@ class Bench:
             raise ConfigError("--table brings its own models and rows: leave --rows, --synthetic and --peer away")
         real = [row for row in ROWS if row not in ON_REQUEST]
         every = [] if own["table"] else list(WORKLOADS) if own["synthetic"] else real
-        self.rows = own["rows"].split(",") if own["rows"] else every
+        known = {name.lower(): name for name in ROWS}
+        self.rows = [known.get(name.strip().lower(), name) for name in own["rows"].split(",")] if own["rows"] else every
         for name in self.rows:
             if name not in ROWS:
                 raise ConfigError(f"--rows has {name!r}: there are {', '.join(ROWS)}")
@@ -98,7 +105,7 @@ class Bench:
         self.figures: list[Figure] = []
 
     def run(self) -> Machine:
-        machine = measure_machine(self.threads)
+        machine = self.machine()
         self.console.print(
             f"this machine: {machine.bandwidth / 1e9:.1f} GB/s, {machine.multiply_adds / 1e9:.1f} G multiply-adds/s",
             style="dim",
@@ -115,9 +122,18 @@ class Bench:
             anyio.run(partial(self.run_workloads, [work], synthetic_checkpoint(row.synthetic), machine, row.goal))
         return machine
 
+    def machine(self) -> Machine:
+        """The limits, measured or given."""
+        bandwidth, multiply_adds = self.own["bandwidth"], self.own["multiply_adds"]
+        if bandwidth is None and multiply_adds is None:
+            return measure_machine(self.threads)
+        if not (bandwidth and multiply_adds and bandwidth > 0 and multiply_adds > 0):
+            raise ConfigError(f"--bandwidth {bandwidth} and --multiply-adds {multiply_adds}: give both, above 0")
+        return Machine(self.threads, bandwidth * 1e9, multiply_adds * 1e9)
+
     def add(self, figure: Figure) -> None:
         self.figures.append(figure)
-        peer = f", {figure.times_peer} the peer's" if figure.peer else ""
+        peer = f", {figure.times_peer} the peer's {figure.peer:,.2f}" if figure.peer else ""
         self.console.print(f"{figure.name}: {figure.value:,.2f} {figure.unit}{peer}", style="dim")
 
     async def run_workloads(
@@ -201,11 +217,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = bench.run()
         console.print(table(bench.figures, f"{platform.machine()}, {os.cpu_count()} cores"))
         if own["json"]:
-            limits = {"bandwidth": machine.bandwidth, "multiply_adds": machine.multiply_adds}
-            write_json(Path(own["json"]), bench.figures, limits)
-    except RilletError as error:
-        console.print(f"rillet bench: {error}", style="red", markup=False)
-        return 2 if isinstance(error, ConfigError) else 1
+            about: dict[str, object] = {
+                "bandwidth": machine.bandwidth, "multiply_adds": machine.multiply_adds, "threads": bench.threads,
+                "backend": config.backend, "arguments": list(sys.argv[1:] if arguments is None else arguments),
+            }  # fmt: skip
+            write_json(Path(own["json"]), bench.figures, about)
+    except (RilletError, OSError, ExceptionGroup) as error:
+        cause = error
+        while isinstance(cause, ExceptionGroup):                 # of the streams that failed together
+            cause = cause.exceptions[0]
+        if not isinstance(cause, (RilletError, OSError)):
+            raise
+        console.print(f"rillet bench: {cause}", style="red", markup=False)
+        return 2 if isinstance(cause, (ConfigError, RequestError)) else 1
     return 0
 
 

@@ -5,6 +5,8 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.table import Table
@@ -52,7 +54,20 @@ def table(figures: Sequence[Figure], title: str) -> Table:
     return shown
 
 
-def write_json(path: Path, figures: Sequence[Figure], machine: Mapping[str, float]) -> None:
-    about = {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count(), **machine}
+def write_json(path: Path, figures: Sequence[Figure], more: Mapping[str, object]) -> None:
+    """`more`: what else belongs to the settings of the run."""
+    about = {
+        "rillet": version("rillet"), "when": datetime.now(UTC).isoformat(timespec="seconds"), "machine": platform.machine(),
+        "processor": processor(), "system": platform.system(), "cores": os.cpu_count(), **more,
+    }  # fmt: skip
     content = {"machine": about, "figures": [asdict(figure) for figure in figures]}
     path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def processor() -> str:
+    """What the processor calls itself, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

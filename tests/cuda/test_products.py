@@ -17,9 +17,8 @@ WITH_MINIMA = 1e-4                                      # a weight in some hundr
 SOME = ["Q4_1", "Q8_0", "Q4_K", "Q6_K", "BF16"]
 QUICK = {(name, 8) for name in SOME}
 QUICK |= {("Q4_K", 16), ("Q4_1", 16), ("Q6_K", 32), ("Q8_0", 64), ("BF16", 128), ("Q4_K", 128)}
-EACH = [
-    pytest.param(name, tile, marks=[] if (name, tile) in QUICK else full) for name in PACKINGS for tile in products.EXPERT_TILES
-]
+TILES = products.EXPERT_TILES
+EACH = [pytest.param(name, tile, marks=[] if (name, tile) in QUICK else full) for name in PACKINGS for tile in TILES]
 
 
 def some_columns(name, most):

@@ -77,6 +77,7 @@ def test_q4_k_m_gives_more_bits_to_some_layers_and_falls_back_where_blocks_do_no
         (["--rows", "NV256", "--peer", sys.executable], "leave it out of --rows"),
         (["--rows", "B1", "--backend", "null", "--peer", sys.executable], "is it llama-batched-bench"),
         (["--peer", "llama.cpp", "--synthetic", "qwen3-0.6b:bf16"], "a file that both read"),
+        (["--rows", "B1", "--bandwidth", "3000"], "give both"),
         (["--rows", "SRV", "--synthetic", "qwen3-0.6b:bf16"], "needs a real model"),
         (["--rows", "B1", "--peer", "llama.cpp", "--peer-python", "/no/python"], "name a Python interpreter"),
     ],

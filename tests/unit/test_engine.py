@@ -316,7 +316,7 @@ async def test_bad_wishes_are_refused_by_field_before_anything_flows(
 async def test_a_prompt_over_the_context_length_is_refused(toy: Opener) -> None:
     async with toy(ToyBackend(pages=8, page_tokens=4)) as engine:
         assert engine.context_length == 32                       # the pool is smaller than the model's
-        with pytest.raises(ContextTooLong, match=r"32 tokens, the context length is 32.*--max-model-len"):
+        with pytest.raises(ContextTooLong, match=r"32 tokens, the context length is 32.*more memory"):
             await engine.stream([1] * 32)
         with pytest.raises(ContextTooLong):
             await engine.stream("x" * 10**6)

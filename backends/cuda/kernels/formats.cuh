@@ -73,6 +73,7 @@ struct Planes {
     static constexpr int TILE_BYTES = (LOW + HIGH) * 128;
     static constexpr bool WHOLE_BYTES = LOW == 8;
     static constexpr int RING = LOW == 8 ? 2 : 4;    // tiles that a warp has under way
+    static constexpr bool WIDE = LOW == 4 && HIGH > 0;    // decoding needs more than 80 registers
 
     u32 low[LOW];
     u32 high[HIGH ? HIGH : 1];
@@ -425,7 +426,7 @@ struct NoHeader {
 template <bool BRAIN>
 struct Floats {
     static constexpr int BLOCK = 8, BLOCK_BYTES = 16, TILE_BYTES = 2048, STRIP_TILES = 1, STRIP_BYTES = 0, ZERO = 0, RING = 2;
-    static constexpr bool FLOATS = true, LONG_SCALE = false, WHOLE_BYTES = false;
+    static constexpr bool FLOATS = true, LONG_SCALE = false, WHOLE_BYTES = false, WIDE = true;
     using Header = NoHeader;
 
     u32 words[16];

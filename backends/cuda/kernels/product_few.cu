@@ -20,7 +20,7 @@ __device__ __forceinline__ void read_token(u32 (&b)[8], const bf16* token, int c
 // x (?, columns) bf16, x_stride apart; out (?, rows) bf16 or float32, out_stride apart. Grid: (token tiles, row tiles). Tokens are 0 .. tokens - 1, or, with `tiles` (n, 3) i32 {expert, first, count}, those of a tile: of x the rows
 // source[first ...] (null: first ...), of out the rows first ...; an expert < 0 or a count of 0 is nothing to do.
 template <class F, bool ANY_COLUMNS>
-__global__ void __launch_bounds__(FEW_WARPS * WARP, F::FLOATS ? 2 : 3)
+__global__ void __launch_bounds__(FEW_WARPS * WARP, F::WIDE ? 2 : 3)
 product_few(
     const bf16* x, i64 x_stride, const u8* blob, const u8* strip, i64 blob_bytes, i64 strip_bytes, void* out, i64 out_stride,
     int out_float, int rows, int columns, int tokens, const int* tiles, const int* source

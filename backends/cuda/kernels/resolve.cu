@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(THREADS) resolve_tokens(int* tokens, const int
 // of them gets the counts of all, and the others count nothing.
 template <int THREADS>
 __global__ void __launch_bounds__(THREADS) resolve_history(u32* fields, const int* newest) {
-    SHARED(int, room, 0);                       // the next reference, its token's first entry, the counts, whether in the prompt
+    SHARED(int, room, 0);    // next reference, first entry of its token, counts, whether in the prompt
     const Place& place = reinterpret_cast<const Place*>(fields + fields[RECORDS])[blockIdx.x];
     int* tokens = reinterpret_cast<int*>(fields + fields[HISTORY_TOKENS]);
     u32* counts = fields + fields[HISTORY_COUNTS];
