@@ -6,11 +6,14 @@ rows together; each more that waits gets as much again, because whoever waits fo
 step is shortened below BEARABLE_S: nobody reads faster.
 """
 
+from math import inf
+
 __all__ = ["Pace"]
 
 CROWD = 8           # prompts that count
 BEARABLE_S = 0.045  # of a step
 SHARE = 0.25        # of a new measurement in what is known
+OUTLIER = 1.5       # times what is known: more is not believed at once
 LEAST = 4           # tokens: a prompt goes on, whatever it costs the others
 
 
@@ -23,12 +26,16 @@ class Pace:
         self._token_s: float | None = None
 
     def observe(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
-        """A step of so many decoding rows and tokens of prompts took so long."""
+        """A step of so many decoding rows and tokens of prompts took so long; a clock that did not move says nothing."""
+        if not 0 < seconds < inf:
+            return
         bits = decoding.bit_length()
         if not prompt_tokens:
             self._decode_s[bits] = _mixed(self._decode_s.get(bits), seconds)
             return
         alone = self._decode_of(bits) if decoding else 0.0
+        if alone is not None and seconds < alone:        # the rows cannot take longer than all of the step: they did once
+            alone = self._decode_s[bits] = _mixed(alone, seconds)
         if alone is not None and (decoding or prompt_tokens >= LEAST):
             self._token_s = _mixed(self._token_s, max(seconds - alone, seconds / 100) / prompt_tokens)
 
@@ -48,4 +55,5 @@ class Pace:
 
 
 def _mixed(known: float | None, new: float) -> float:
-    return new if known is None else (1 - SHARE) * known + SHARE * new
+    """One step that was held up (a paused machine, memory from disk) does not count for more than a few times the others."""
+    return new if known is None else (1 - SHARE) * known + SHARE * min(new, OUTLIER * known)

@@ -61,9 +61,10 @@ class Scheduler:
 
     @property
     def company(self) -> tuple[int, int]:
-        """Sequences that decode, and those whose prompt is not computed yet."""
+        """Sequences that decode, and those whose prompt a step can compute: the waiting ones as far as there are lanes."""
         prompts = sum(sequence.computed < sequence.prompt_length for sequence in self.running)
-        return len(self.running) - prompts, prompts + len(self.waiting)
+        lanes = self.limits.max_num_seqs - len(self.running)
+        return len(self.running) - prompts, prompts + min(len(self.waiting), lanes)
 
     def add(self, request: Request) -> None:
         """Queue a request; its other choices begin when its prompt is done."""

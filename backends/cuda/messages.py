@@ -32,6 +32,10 @@ STEP: dict[str, Shape] = {
     "choice": ("S",), "score": ("S",), "top_count": ("S",), "mask_at": ("G",), "grammar_masks": ("G", "V"),
     "hidden_at": ("H",),
 }  # fmt: skip
+OFF = {
+    "temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition": 1, "frequency": 0, "presence": 0, "score": -1,
+    "top_count": -1,
+}  # fmt: skip
 HISTORY: dict[str, Shape] = {"starts": ("S1",), "tokens": ("X",), "counts": ("X",), "in_prompt": ("X",)}
 BIAS: dict[str, Shape] = {"starts": ("S1",), "tokens": ("Y",), "values": ("Y",)}
 
@@ -146,9 +150,12 @@ def _decoded(decoder: msgspec.msgpack.Decoder[Any], frame: bytes | bytearray) ->
 
 
 def for_followers(step: StepInput) -> StepInput:
-    """The step without what only whoever samples reads, such as a grammar's masks of many megabytes."""
-    none = np.zeros(0, np.int32)
-    return replace(step, history=None, bias=None, mask_at=none, grammar_masks=np.zeros((0, 0), np.uint32), hidden_at=none)
+    """The step without what only whoever samples reads, such as the masks of a grammar (megabytes): all places are greedy."""
+    none, places = np.zeros(0, np.int32), step.place_count
+    off = {name: np.full(places, value, DTYPES[StepInput][name]) for name, value in OFF.items()}
+    return replace(
+        step, **off, history=None, bias=None, mask_at=none, grammar_masks=np.zeros((0, 0), np.uint32), hidden_at=none
+    )
 
 
 def pack_step(step: StepInput) -> Step:

@@ -175,6 +175,8 @@ class ParallelBackend:
 
     def _lost(self, lost: Lost) -> None:
         """From a peer's thread: nothing goes on without it."""
+        if lost.error == RankLost.__name__ and self._failed.wait(BLAME_S):
+            return                                       # it was another that it lost, which is told now
         self._fail(ERRORS.get(lost.error, StepFailed)(lost.text))
 
     def _fail(self, error: RilletError) -> None:

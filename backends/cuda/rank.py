@@ -109,11 +109,9 @@ def serve(connection: Connection, seat: Seat, gone: Callable[[], None] = lambda:
                 case _:
                     connection.send(encode(_prepare(order, seat)))
     except BaseException as error:
-        if inbox.over:                   # whatever it is, it follows from that
-            log.info("rank 0 is gone, and with it this step: %s", error)
-            return
-        _tell(connection, error)
-        raise
+        if not inbox.over and _tell(connection, error):
+            raise
+        log.info("rank 0 is gone, and so this ends: %s", error)
     finally:
         seat.backend.close()
 
@@ -147,11 +145,13 @@ def _load(backend: Backend, options: LoadOptions, digest: str) -> None:
         backend.load(spec, checkpoint.tensors, options, lambda what, done, total: None)
 
 
-def _tell(connection: Connection, error: BaseException) -> None:
+def _tell(connection: Connection, error: BaseException) -> bool:
+    """Whether rank 0 could be told of it."""
     try:
         connection.send(encode(Failed(type(error).__name__, str(error))))
-    except WireError as lost:
-        log.warning("rank 0 cannot be told: %s", lost)
+    except WireError:
+        return False
+    return True
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from backends.cuda.graphs import Graphs, bucket_of, buckets_up_to
 from backends.cuda.model import Model
 from backends.cuda.ops import Ops, Sizes
 from backends.cuda.sampling import Chunk, DeviceFields, SamplingFields
-from backends.cuda.sharding import ShardedSource, shard_spec
+from backends.cuda.sharding import ShardedSource
 from backends.cuda.steps import PAGE_TOKENS, DeviceStep, StepBuffer, decode_rows_of
 from backends.cuda.weights import load_weights
 from engine.backend import LoadOptions, MemoryStatistics, Progress
@@ -112,6 +112,13 @@ class ResultArrays:
         )  # fmt: skip
 
 
+def nothing_drawn(places: int) -> StepOutput:
+    """What a rank that does not draw answers; nobody reads it."""
+    nothing = np.zeros((places, 0), np.int32)
+    nan = np.full(places, np.nan, np.float32)
+    return StepOutput(np.zeros(places, np.int32), nan, nothing, nothing.astype(np.float32), NO_STATES)
+
+
 class Session:
     """Weights, pages and the newest tokens. Every call comes from the device's thread."""
 
@@ -125,11 +132,11 @@ class Session:
                 f"{sampling.MOST_VOCABULARY:,}: choose another model, or --backend cpu"
             )
         self.device, self.collective = device, collective
+        self.draws = collective.rank == 0                # the other ranks are told what was drawn
         self.stream, self.copies = device.stream(), device.stream()
         if collective.ranks > 1:
-            whole, source = spec, tensors
-            spec = shard_spec(whole, source, collective.rank, collective.ranks)
-            tensors = ShardedSource(source, whole, collective.rank, collective.ranks)
+            part = ShardedSource(tensors, spec, collective.rank, collective.ranks)
+            spec, tensors = part.spec, part
         self.spec = spec
         first = spec.layers[0].attention
         self.layout = CacheLayout(len(spec.layers), first.kv_heads, first.head_size, "fp8" if options.fp8_kvcache else "bf16")
@@ -194,15 +201,16 @@ class Session:
         )
         if bucket is None or self.graphs is None:
             x = self.model.forward(at)
-            for chunk in fields.chunks(self.ops.sizes.logits):
+            for chunk in fields.chunks(self.ops.sizes.logits) if self.draws else ():
                 self.draw(self.model.logits(x, there.tokens_of(chunk)), there, chunk, results)
         else:
             self.graphs.run(bucket, lambda: self.decode(at))
             x = self.ops.rows("x", at.tokens, self.spec.hidden_size, "f32")
-            logits = self.ops.rows("logits", at.tokens, self.spec.vocabulary_size, "f32")
-            for chunk in fields.chunks(bucket):
-                self.draw(logits, there, chunk, results)
+            for chunk in fields.chunks(bucket) if self.draws else ():
+                self.draw(self.ops.rows("logits", at.tokens, self.spec.vocabulary_size, "f32"), there, chunk, results)
         self.collective.broadcast(self.stream, self.newest)
+        if not self.draws:
+            return CudaTicket(self.number, self.stream.record(), lambda: nothing_drawn(step.place_count))
         if len(step.hidden_at):
             self.model.hidden(x, hidden_at, results.at["hidden"])
         self.copies.wait(self.stream.record())
@@ -238,12 +246,12 @@ class Session:
 
     def decode(self, at: DeviceStep) -> None:
         """What a graph holds: the layers, and the logits of every row."""
-        self.model.logits(self.model.forward(at), self.identity.first(at.tokens))
+        x = self.model.forward(at)
+        if self.draws:
+            self.model.logits(x, self.identity.first(at.tokens))
 
     def draw(self, logits: Array, fields: DeviceFields, chunk: Chunk, results: "ResultArrays") -> None:
-        """On the first rank only: the others are told."""
-        if self.collective.rank:
-            return
+        """For a chunk of the step's places."""
         at = results.at
         sampling.sample(self.stream, logits, fields, chunk, self.scratch, self.newest, at["tokens"], at["status"])
         sampling.score(

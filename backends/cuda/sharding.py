@@ -38,11 +38,10 @@ class ShardedSource:
     def __init__(self, source: TensorSource, whole: ModelSpec, rank: int, ranks: int) -> None:
         """whole: the model of `source`. Raises UnsupportedModel if it cannot be cut for so many ranks."""
         assert 0 <= rank < ranks
-        check_heads(whole, ranks)
         widths = Widths(source, whole, rank, ranks)
         self.source, self.rank = source, rank
         self.shapes = whole.shapes()
-        self.spec = replace(whole, layers=tuple(_shard_layer(layer, widths) for layer in whole.layers))
+        self.spec = _shard(whole, widths)
         self.cuts = [_layer_cuts(*layers, widths) for layers in zip(whole.layers, self.spec.layers, strict=True)]
         self.made: dict[str, RawTensor] = {}             # copies, until they are released
         if rank == 0:
@@ -99,7 +98,7 @@ class ShardedSource:
 
 def shard_spec(whole: ModelSpec, source: TensorSource, rank: int, ranks: int) -> ModelSpec:
     """The model that `rank` runs. Raises UnsupportedModel if it cannot be cut for so many ranks."""
-    return ShardedSource(source, whole, rank, ranks).spec
+    return _shard(whole, Widths(source, whole, rank, ranks))
 
 
 def check_heads(whole: ModelSpec, ranks: int) -> None:
@@ -160,6 +159,11 @@ def _down_names(at: str, kind: str, feed: FeedForward) -> list[str]:
     if kind == "experts." and isinstance(feed, Mixture):
         return [f"{at}experts.{expert}.down" for expert in range(feed.experts)]
     return [f"{at}{kind}down"]
+
+
+def _shard(whole: ModelSpec, widths: Widths) -> ModelSpec:
+    check_heads(whole, widths.ranks)
+    return replace(whole, layers=tuple(_shard_layer(layer, widths) for layer in whole.layers))
 
 
 def _shard_layer(layer: Layer, widths: Widths) -> Layer:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,11 @@ class Bench:
         self.sequences = own["sequences"] or (16 if on_cpu else 256)
         self.scale = own["scale"] or (0.1 if on_cpu else 1.0)
         self.rounds = own["rounds"]
-        if self.rounds is not None and self.rounds < 1:
-            raise ConfigError(f"--rounds {self.rounds}: it is 1 or more")
-        if own["json"] and not Path(own["json"]).absolute().parent.is_dir():
-            raise ConfigError(f"--json {own['json']}: there is no such folder: make it first")
+        for name in ("rounds", "sequences", "scale"):
+            if own[name] is not None and not 0 < own[name] < inf:
+                raise ConfigError(f"--{name} {own[name]}: it is above 0")
+        if own["json"] and (Path(own["json"]).is_dir() or not Path(own["json"]).absolute().parent.is_dir()):
+            raise ConfigError(f"--json {own['json']}: name a file in a folder that exists")
         if own["peer"] not in (None, "llama.cpp") and not Path(own["peer"]).is_file():
             raise ConfigError(f"--peer {own['peer']}: give llama.cpp, or the path of its program llama-batched-bench")
         if own["peer"] and own["synthetic"]:
@@ -97,6 +99,8 @@ class Bench:
         known = {name.lower(): name for name in ROWS}
         self.rows = [known.get(name.strip().lower(), name) for name in own["rows"].split(",")] if own["rows"] else every
         for name in self.rows:
+            if self.rows.count(name) > 1:
+                raise ConfigError(f"--rows has {name} twice: its second run would find its prompts in the cache")
             if name not in ROWS:
                 raise ConfigError(f"--rows has {name!r}: there are {', '.join(ROWS)}")
             if own["synthetic"] and name not in WORKLOADS:

@@ -37,8 +37,8 @@ class Workload:
     settings: str
 
     def with_seed(self, seed: int) -> "Workload":
-        """The same shape with other tokens, so that no prefix cache helps a second run."""
-        draw = Random(seed)  # noqa: S311 (no secret)
+        """The same shape with other tokens, so that no prefix cache helps a second run, or another workload's."""
+        draw = Random(f"{self.name} {seed}")  # noqa: S311 (no secret)
         return Workload(
             self.name, self.about, tuple(_ids(draw, len(prompt)) for prompt in self.prompts), self.answers, self.settings
         )

@@ -2,10 +2,14 @@
 
 import numpy as np
 
+from backends.cuda import products
 from backends.cuda.bfloat16 import from_bfloat16, to_bfloat16
+from backends.cuda.device import make_array
 from backends.cuda.matrices import Packer
 from engine.weights.tensors import STORAGE, RawTensor, to_float32
+from tests.cuda.emulated_device import EmulatedDevice
 
+CLOSE = 2e-6                         # products, relative: see far()
 # storage type -> where a block has its float16s; whether the second one is a minimum
 HALVES = {
     "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "IQ4_NL": [0], "Q2_K": [80, 82], "Q3_K": [108],
@@ -62,3 +66,33 @@ def wanted(x, *tensors):
 def far(got, reference):
     """The norm of the difference, relative."""
     return float(np.linalg.norm(got - reference) / np.linalg.norm(reference))
+
+
+class Bench:
+    """A device with one matrix, and what is multiplied by it."""
+
+    def __init__(self, name, rows, columns, *, most_tokens=8, seed=0, edits=None, experts=1):
+        self.device = EmulatedDevice(seed=seed, edits=edits, memory_bytes=16 << 30)
+        self.stream = self.device.stream()
+        self.raws = [random_weights(name, rows, columns, expert) for expert in range(experts)]
+        self.matrix = packed(self.device, self.stream, name, *self.raws, experts=experts)
+        self.device.prepare(kernels_of(self.matrix, most_tokens))
+
+    def product(self, x, item="f32", tile=None):
+        """(T, rows)."""
+        out = make_array(self.device, item, len(x), self.matrix.rows)
+        there = self.device.put(to_bfloat16(x))
+        if tile is None:
+            products.product(self.stream, there, self.matrix, out)
+        else:
+            products.launch(self.stream, tile, -(-len(x) // tile), there, self.matrix, out, 0, len(x), 0, 0)
+        return self.device.get(out)
+
+    def wanted(self, x):
+        return wanted(x, *self.raws)
+
+
+def kernels_of(matrix, tile):
+    """Only the one that takes tiles of so many tokens: fewer to build."""
+    kind = matrix.storage, products.unaligned(matrix)
+    return [products.few_kernel(*kind) if tile == 8 else products.TILINGS[tile].kernel(*kind)]

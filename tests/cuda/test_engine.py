@@ -12,7 +12,7 @@ import pytest
 
 from backends.cpu.runner import CpuBackend
 from backends.cuda.runner import CudaBackend
-from engine import Engine, EngineConfig, Result
+from engine import Engine, EngineClosed, EngineConfig, Result, StepFailed
 from engine.backend import LoadOptions
 from engine.bench.synthetic import tokenizer_of
 from engine.weights.checkpoint import Checkpoint
@@ -135,6 +135,29 @@ async def test_lookahead_draws_the_same_tokens(oracle) -> None:
         async with engine:
             found.append((await engine.generate(prompt_of(4, 33), **wishes)).token_ids)
     assert found[0] == found[1]
+
+
+async def test_a_device_that_fails_ends_every_stream_with_its_error() -> None:
+    engine, backend = opened(20)
+    async with engine:
+        first = await engine.stream(prompt_of(1, 10), max_tokens=100, ignore_eos=True)
+        second = await engine.stream(prompt_of(2, 10), max_tokens=100, ignore_eos=True)
+        async for _ in first:
+            break
+        launch = backend.device.streams[0].launch
+
+        def out_of_bounds(kernel, *arguments: object) -> None:
+            if kernel.name.startswith("sample"):
+                arguments = (*arguments[:3], 8, *arguments[4:])          # the logits' address becomes 8
+            launch(kernel, *arguments)
+
+        backend.device.streams[0].launch = out_of_bounds
+        for stream in (first, second):
+            with pytest.raises(StepFailed, match="memory"):
+                async for _ in stream:
+                    pass
+        with pytest.raises(EngineClosed, match="dead"):
+            await engine.stream(prompt_of(3, 4))
 
 
 async def test_states_and_prompt_logprobs(oracle) -> None:

@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
 
@@ -14,12 +14,14 @@ import pytest
 
 from backends.cuda import collective as collective_module
 from backends.cuda.bfloat16 import from_bfloat16, to_bfloat16
-from backends.cuda.collective import StagedCollective
+from backends.cuda.collective import Alone, StagedCollective
+from backends.cuda.device import Array
 from backends.cuda.nccl import NcclCollective, new_unique_id
 from backends.cuda.parallel import ParallelBackend
 from backends.cuda.processes import start_processes
 from backends.cuda.rank import digest_of, serve
-from backends.cuda.seat import CUDA_SEAT, Place, cuda_seat, find_factory
+from backends.cuda.runner import CudaBackend
+from backends.cuda.seat import CUDA_SEAT, Place, Seat, cuda_seat, find_factory
 from engine.backend import Backend, LoadOptions, MemoryStatistics
 from engine.errors import DeviceUnavailable, ModelError, OutOfDeviceMemory, StepFailed, UnsupportedModel
 from engine.step import StepInput
@@ -160,6 +162,7 @@ def test_a_rank_whose_other_side_vanishes_ends_by_itself():
     seat = rank_model.Seat(seat.backend, sums.collective(1))
     thread = threading.Thread(target=serve, args=(theirs, seat, ended.set))
     thread.start()
+    ours.receive(wait_s=TIMEOUT_S)
     ours.close()
     thread.join(TIMEOUT_S)
     assert not thread.is_alive()
@@ -167,6 +170,50 @@ def test_a_rank_whose_other_side_vanishes_ends_by_itself():
     assert seat.backend.closed
     assert "rank 0 is gone" in seat.collective.failure
     theirs.close()
+
+
+# ---- emulated GPUs ----------------------------------------------------------------------------------------------------
+
+
+def a_row(tokens, start):
+    """A step of one sequence in page 0, which draws greedily after its last token."""
+    count = len(tokens)
+    step, places = a_step(tokens), np.arange(start, start + count, dtype=np.int32)
+    return replace(
+        step, positions=places, slots=places, row_starts=np.array([0, count], np.int32), top_p=step.top_p + 1,
+        kv_lengths=places[-1:] + 1, repetition=step.repetition + 1, draw_position=places[-1:] + 1, score=step.score - 1,
+    )  # fmt: skip
+
+
+def gpus_draw(checkpoint, path, devices, capturable):
+    sums = Sums(len(devices))
+
+    def seat(place):
+        device = EmulatedDevice(memory_bytes=1 << 28, seed=place.rank)
+        collective = Alone()
+        if place.ranks > 1:
+            collective = sums.collective(place.rank) if capturable else StagedCollective(
+                device, place.rank, place.ranks, place.links
+            )  # fmt: skip
+        return Seat(CudaBackend(device, collective=collective, max_batch_tokens=64, max_num_seqs=4), collective)
+
+    with closing(loaded(checkpoint, in_threads(seat), path, devices)) as backend:
+        backend.allocate_cache(1 << 20)
+        tickets = [backend.submit(a_row([3, 5, 7, 11, 2], 0))]
+        found = []
+        for position in range(5, 15):
+            tickets.append(backend.submit(a_row([-1], position)))
+            found += backend.wait(tickets.pop(0)).tokens.tolist()
+        return found + backend.wait(tickets.pop()).tokens.tolist()
+
+
+@pytest.mark.parametrize(("ranks", "capturable"), [(2, True), (4, True), (2, False)])
+def test_emulated_gpus_together_draw_what_one_draws_with_graphs_and_without(
+    tiny_checkpoint, tiny_path, ranks, capturable
+):  # fmt: skip
+    wanted = gpus_draw(tiny_checkpoint, tiny_path, (0,), True)
+    assert gpus_draw(tiny_checkpoint, tiny_path, tuple(range(ranks)), capturable) == wanted
+    assert len(set(wanted)) > 5
 
 
 # ---- ranks as processes -----------------------------------------------------------------------------------------------
@@ -339,3 +386,95 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_what_is_not_finite():
     np.testing.assert_array_equal(back, np.array([1, 1, 1 + 2**-6, -0.0, np.inf, -np.inf, np.inf, np.nan], np.float32))
     one_bit = np.array([0x7F800001], np.uint32).view(np.float32)
     assert np.isnan(from_bfloat16(to_bfloat16(one_bit))).all()
+
+
+# ---- NCCL, whose bindings are replaced: there is no GPU here ----------------------------------------------------------
+
+
+class PretendedNccl:
+    """What nccl.bindings.nccl has, as far as it is used. `meets`: set when comm_init_rank may return."""
+
+    class NCCLError(Exception):
+        pass
+
+    class Result:
+        Success, InProgress, RemoteError = 0, 7, 6
+
+    class DataType:
+        Bfloat16, Float32, Float16, Uint8 = 9, 7, 6, 1
+
+    class RedOp:
+        Sum = 0
+
+    class UniqueId:
+        from_buffer = bytes
+
+    def __init__(self):
+        self.meets, self.calls, self.state = threading.Event(), [], 0
+
+    def comm_init_rank(self, ranks, unique_id, rank):
+        self.calls.append(("init", ranks, unique_id, rank))
+        self.meets.wait(TIMEOUT_S)
+        return "communicator"
+
+    def all_reduce(self, *arguments):
+        self.calls.append(("all_reduce", *arguments))
+
+    def broadcast(self, *arguments):
+        self.calls.append(("broadcast", *arguments))
+
+    def comm_abort(self, communicator):
+        self.calls.append(("abort", communicator))
+
+    def comm_get_async_error(self, communicator):
+        return self.state
+
+    def get_error_string(self, state):
+        return "remote process exited"
+
+
+@dataclass
+class StreamWithHandle:
+    handle: int = 77
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    pretended = PretendedNccl()
+    monkeypatch.setattr("backends.cuda.nccl.bindings", lambda: pretended)
+    return pretended
+
+
+def test_nccl_is_called_in_place_on_the_stream_and_ended_once(pretended):
+    pretended.meets.set()
+    collective = NcclCollective(bytes(128), 1, 2, lambda: pretended.calls.append("enter"))
+    collective.open()
+    collective.all_reduce(StreamWithHandle(), Array(4096, (3, 5), "bf16"))
+    collective.broadcast(StreamWithHandle(), Array(8192, (6,), "i32"))
+    collective.check()
+    collective.close()
+    collective.abort("late")
+    assert pretended.calls == [
+        "enter", ("init", 2, bytes(128), 1), ("all_reduce", 4096, 4096, 15, 9, 0, "communicator", 77),
+        ("broadcast", 8192, 8192, 24, 1, 0, "communicator", 77), ("abort", "communicator"),
+    ]  # fmt: skip
+    with pytest.raises(StepFailed, match="ranks are closed"):
+        collective.all_reduce(StreamWithHandle(), Array(4096, (3, 5), "bf16"))
+
+
+def test_abort_ends_a_meeting_that_nobody_else_comes_to(pretended):
+    collective = NcclCollective(bytes(128), 0, 2, lambda: None)
+    threading.Timer(0.05, collective.abort, ("rank 1 did not start",)).start()
+    with pytest.raises(StepFailed, match="rank 1 did not start"):
+        collective.open()
+    pretended.meets.set()
+
+
+def test_an_error_that_nccl_noticed_by_itself_is_a_failed_step(pretended):
+    pretended.meets.set()
+    collective = NcclCollective(bytes(128), 0, 2, lambda: None)
+    collective.open()
+    pretended.state = 6
+    with pytest.raises(StepFailed, match="NCCL failed on rank 0: remote process exited"):
+        collective.check()
+    assert pretended.calls[-1] == ("abort", "communicator")

@@ -18,6 +18,7 @@ from backends.cuda.messages import (
     BIAS,
     DTYPES,
     HISTORY,
+    OFF,
     STEP,
     Allocate,
     Close,
@@ -155,7 +156,7 @@ def test_strangers_are_turned_away_and_hold_nobody_up(caplog):
         with pytest.raises(WireError):
             connect(listener.port, new_secret())
         with socket.create_connection((wire.HOST, listener.port)) as odd:
-            odd.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")      # as long as what is waited for
+            odd.sendall(b"GET / HTTP/1.1\r\n".ljust(len(wire.MAGIC) + wire.HALF))     # as long as a greeting
             assert odd.recv(1) == b""
         with closing(connect(listener.port, secret)) as one, closing(listener.accept(TIMEOUT_S)) as other:
             one.send(b"x")
@@ -250,8 +251,11 @@ def test_followers_get_all_but_what_only_the_sampler_reads(step):
     assert cut.history is None
     assert cut.bias is None
     assert (cut.mask_at.size, cut.grammar_masks.size, cut.hidden_at.size) == (0, 0, 0)
-    for name in STEP.keys() - {"mask_at", "grammar_masks", "hidden_at"}:
+    for name in STEP.keys() - OFF.keys() - {"mask_at", "grammar_masks", "hidden_at"}:
         assert getattr(cut, name) is getattr(step, name)
+    for name, value in OFF.items():
+        assert getattr(cut, name).tolist() == [value] * step.place_count
+    unpack_step(pack_step(cut))
 
 
 def a_step(**changes):

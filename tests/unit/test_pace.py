@@ -40,6 +40,31 @@ def test_a_step_may_take_what_nobody_feels() -> None:
     assert pace.bound(2) == pytest.approx(BEARABLE_S * 8 / 9 / TOKEN_S, abs=1)
 
 
+@pytest.mark.parametrize("held_up_s", [2.0, 100.0])
+def test_one_step_that_was_held_up_is_forgotten_while_prompts_keep_coming(held_up_s: float) -> None:
+    pace = taught()
+    usual = pace.bound(4)
+    pace.observe(4, 0, held_up_s)
+    assert pace.bound(4) < 1.5 * usual
+    for _ in range(40):                                   # every step has prompts from here on
+        tokens = pace.bound(4)
+        pace.observe(4, tokens, DECODE_S + tokens * TOKEN_S)
+    assert pace.bound(4) == pytest.approx(usual, rel=0.5)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_clock_that_makes_no_sense_teaches_nothing(seconds: float) -> None:
+    pace = taught()
+    usual = pace.bound(4)
+    pace.observe(4, 0, seconds)
+    pace.observe(4, 64, seconds)
+    assert pace.bound(4) == usual
+    fresh = Pace(first=64, most=256)
+    fresh.observe(1, 0, seconds)
+    fresh.observe(1, 64, seconds)
+    assert fresh.bound(1) == 64
+
+
 def test_nothing_is_changed_before_both_costs_are_known() -> None:
     pace = Pace(first=64, most=256)
     assert pace.bound(4) == 64

@@ -1,5 +1,5 @@
 // Rows of a packed matrix by number, as float32: token embeddings. products.py launches this.
-#include "formats.cuh"
+#include "fragments.cuh"
 
 constexpr int TAKE_THREADS = 128;
 

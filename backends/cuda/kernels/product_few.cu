@@ -2,7 +2,7 @@
 //
 // products.py launches this. A block has 16 rows of W. Its warps take every so-many-th 256 columns, weights straight into
 // registers with RING tiles under way, and are summed in shared memory in their order: a result does not depend on timing.
-#include "formats.cuh"
+#include "fragments.cuh"
 
 constexpr int FEW_WARPS = 8;
 constexpr int FEW_TOKENS = 8;
@@ -17,7 +17,8 @@ __device__ __forceinline__ void read_token(u32 (&b)[8], const bf16* token, int c
     }
 }
 
-// x (?, columns) bf16, x_stride apart; out (?, rows) bf16 or float32, out_stride apart. Grid: (token tiles, row tiles). Tokens are 0 .. tokens - 1, or, with `tiles` (n, 3) i32 {expert, first, count}, those of a tile: of x the rows
+// x (?, columns) bf16, x_stride apart; out (?, rows) bf16 or float32, out_stride apart. Grid: (token tiles, row tiles).
+// Tokens are 0 .. tokens - 1, or, with `tiles` (n, 3) i32 {expert, first, count}, those of a tile: of x the rows
 // source[first ...] (null: first ...), of out the rows first ...; an expert < 0 or a count of 0 is nothing to do.
 template <class F, bool ANY_COLUMNS>
 __global__ void __launch_bounds__(FEW_WARPS * WARP, F::WIDE ? 2 : 3)

@@ -1,18 +1,21 @@
 // out = x W^T for many tokens: decode steps of many sequences, prompts, an expert's tokens. products.py launches this.
 //
-// A block has TOKENS tokens and ROW_WARPS x ROW_TILES x 16 rows of W. Activations come through shared memory, STAGES - 1 stages
-// ahead; weights go straight into registers, are decoded once and used for all tokens of the block. K_WARPS groups of warps take
-// every so-many-th 256 columns each and are summed in their order: a result does not depend on timing.
-#include "formats.cuh"
+// A block has TOKENS tokens and ROW_WARPS x ROW_TILES x 16 rows of W. Activations come through shared memory, STAGES - 1
+// stages ahead; weights go straight into registers, are decoded once and used for all tokens of the block. K_WARPS groups of
+// warps take every so-many-th 256 columns each and are summed in their order: a result does not depend on timing.
+#include "fragments.cuh"
 
 constexpr int STAGES = 3;
 
 // One stage of x in shared memory: [group][tile][token][64 columns], 16-byte chunks of odd tokens swapped in pairs, so that
 // eight lanes' chunks (two tokens, four of each) lie in different banks.
-__host__ __device__ constexpr int stage_bytes(int tokens, int k_warps, int stage_tiles) { return k_warps * stage_tiles * tokens * 128; }
+__host__ __device__ constexpr int stage_bytes(int tokens, int k_warps, int stage_tiles) {
+    return k_warps * stage_tiles * tokens * 128;
+}
 
-// As product_few. Grid: (token tiles, ceil(rows / (16 ROW_WARPS ROW_TILES))), 32 ROW_WARPS K_WARPS threads. RING: tiles of weights
-// that a warp has under way. Shared memory: STAGES stages, or if more the sums of all groups but one; then 8 bytes a token.
+// As product_few. Grid: (token tiles, ceil(rows / (16 ROW_WARPS ROW_TILES))), 32 ROW_WARPS K_WARPS threads. RING: tiles of
+// weights that a warp has under way. Shared memory: STAGES stages, or if more the sums of all groups but one; then 8 bytes a
+// token.
 template <class F, bool ANY_COLUMNS, int TOKENS, int ROW_WARPS, int K_WARPS, int ROW_TILES, int STAGE_TILES, int RING>
 __global__ void __launch_bounds__(ROW_WARPS* K_WARPS* WARP, 2)
 product_many(
@@ -61,7 +64,7 @@ product_many(
                 i64 offset = offsets[token];
                 bool there = offset >= 0 && column < columns;
                 if constexpr (ANY_COLUMNS)
-                    store_vector(to + i * LINES * 128, offset >= 0 ? load_columns<true>(x + offset, column, columns) : make_uint4(0, 0, 0, 0));
+                    store_vector(to + i * LINES * 128, load_columns<true>(x + offset, column, offset < 0 ? 0 : columns));
                 else
                     copy_async_16_or_zero(to + i * LINES * 128, there ? x + offset + column : x, there);
             }
@@ -113,8 +116,10 @@ product_many(
             }
             Factors factors[ROW_TILES][2];
 #pragma unroll
-            for (int i = 0; i < 2 * ROW_TILES; i++)
-                factors[i / 2][i % 2] = lifted_factors<F>(headers[i / 2][in / F::STRIP_TILES].factors(in % F::STRIP_TILES, i % 2, lane));
+            for (int i = 0; i < 2 * ROW_TILES; i++) {
+                const typename F::Header& header = headers[i / 2][in / F::STRIP_TILES];
+                factors[i / 2][i % 2] = lifted_factors<F>(header.factors(in % F::STRIP_TILES, i % 2, lane));
+            }
             const u8* b = stages + step % STAGES * BYTES + ((k_warp * STAGE_TILES + in % STAGE_TILES) * TOKENS + g) * 128;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -151,7 +156,8 @@ product_many(
 #pragma unroll
             for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
-                for (int i = 0; i < PARTS * 4; i++) own[(k_warp - 1) * GROUP + (r * PARTS * 4 + i) * WARP] = sums[r][i / 4][i % 4];
+                for (int i = 0; i < PARTS * 4; i++)
+                    own[(k_warp - 1) * GROUP + (r * PARTS * 4 + i) * WARP] = sums[r][i / 4][i % 4];
         __syncthreads();
         if (k_warp > 0) return;
 #pragma unroll

@@ -3,8 +3,9 @@
 
 constexpr int REPACK_WARPS = 4;
 
-// file: `rows` rows, row_bytes each, of `columns` columns; they become the row tiles of the matrix from first_row_tile on, rows and
-// columns beyond the end zeros. One warp for each row tile and each 256 columns: grid (columns / 256, row tiles / REPACK_WARPS).
+// file: `rows` rows, row_bytes each, of `columns` columns; they become the row tiles of the matrix from first_row_tile on,
+// rows and columns beyond the end zeros. A warp for each row tile and each 256 columns: grid (columns / 256, row tiles /
+// REPACK_WARPS).
 template <class F>
 __global__ void __launch_bounds__(REPACK_WARPS * WARP)
 repack(const u8* file, i64 row_bytes, int rows, int columns, u8* blob, u8* strip, int first_row_tile) {
@@ -22,9 +23,9 @@ repack(const u8* file, i64 row_bytes, int rows, int columns, u8* blob, u8* strip
         if (number >= tiles) return;
         if (in % F::STRIP_TILES == 0) {
             header.clear();
+            i64 block = static_cast<i64>(column / F::BLOCK) * F::BLOCK_BYTES;
             for (int row = 0; row < 2; row++)
-                if (lines[row])
-                    header.put(row, lane, lines[row] + static_cast<i64>(column / F::BLOCK) * F::BLOCK_BYTES, column + 32 < columns);
+                if (lines[row]) header.put(row, lane, lines[row] + block, column + 32 < columns);
             if constexpr (F::STRIP_BYTES > 0) header.write(strip + (place + number) / F::STRIP_TILES * F::STRIP_BYTES, lane);
         }
         F tile;
