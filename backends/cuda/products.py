@@ -61,7 +61,7 @@ TILINGS = {
         Tiling(16, 2, 4, 1, 2, 4),
         Tiling(32, 2, 4, 1, 1, 4),
         Tiling(64, 4, 2, 1, 1, 2),
-        Tiling(128, 4, 1, 2, 1, 1),
+        Tiling(96, 4, 1, 2, 1, 1),          # with 128 tokens some types would want more than 255 registers
     )
 }
 EXPERT_TILES = (FEW_TOKENS, *TILINGS)
@@ -80,7 +80,7 @@ def take_kernel(storage: str) -> Kernel:
 def kernels_for(matrices: Iterable[Matrix], most_tokens: int) -> list[Kernel]:
     """What this file launches with these matrices, for up to so many tokens."""
     kinds = dict.fromkeys((matrix.storage, unaligned(matrix)) for matrix in matrices)
-    tilings = [tiling for tokens, tiling in TILINGS.items() if most_tokens > max(FEW_TOKENS, tokens // 2)]
+    tilings = [tiling for tokens, tiling in TILINGS.items() if most_tokens > max(FEW_TOKENS, tokens // 2)]   # experts' too
     found = [few_kernel(*kind) for kind in kinds]
     found += [tiling.kernel(*kind) for kind in kinds for tiling in tilings]
     return found + [take_kernel(storage) for storage in dict.fromkeys(storage for storage, _ in kinds)]
@@ -99,13 +99,13 @@ def unaligned(matrix: Matrix) -> str:
 
 
 def tile_of(tokens: int, rows: int) -> int:
-    """Tokens of a block: as many as there are, up to 128, but few enough that every multiprocessor has a block."""
+    """Tokens of a block: as many as there are, up to 96, but few enough that every multiprocessor has a block."""
     if tokens <= FEW_TOKENS:
         return FEW_TOKENS
-    tile = max(tile for tile in TILINGS if tile == min(TILINGS) or tile // 2 < tokens)
-    while tile > min(TILINGS) and -(-tokens // tile) * -(-rows // TILINGS[tile].block_rows) < MULTIPROCESSORS:
-        tile //= 2
-    return tile
+    least, *larger = TILINGS
+    wanted = [tile for below, tile in zip(TILINGS, larger, strict=False) if tokens > below]
+    busy = [tile for tile in wanted if -(-tokens // tile) * -(-rows // TILINGS[tile].block_rows) >= MULTIPROCESSORS]
+    return max(busy, default=least)
 
 
 def tile_tokens(tokens: int, experts_per_token: int, experts: int) -> int:

@@ -12,7 +12,7 @@ from tests.cuda.packed import CLOSE, Bench, far, kernels_of, random_weights, to_
 full = pytest.mark.full
 
 
-@pytest.mark.parametrize("tile", [8, 16, *(pytest.param(tile, marks=full) for tile in (32, 64, 128))])
+@pytest.mark.parametrize("tile", [8, 16, *(pytest.param(tile, marks=full) for tile in (32, 64, 96))])
 def test_tiles_of_experts(tile):
     """Positions in the order of experts; tiles that are full, partly full, and not there."""
     counts, experts, rows, columns = {0: tile + 3, 2: 1, 3: tile}, 4, 40, 320
