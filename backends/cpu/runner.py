@@ -9,7 +9,9 @@ import logging
 import os
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from backends.cpu.host import available_memory_bytes, usable_cores
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["CpuBackend"]
 
 log = logging.getLogger(__name__)
+LAUNCHES = Lock()         # of kernels, by several engines of one process
 
 PAGE_TOKENS = 32
 MAX_BATCH_TOKENS = 256    # 0.6 s of a small model on two cores: what a cancelled prompt may still cost
@@ -75,7 +78,8 @@ class CpuBackend:
         if options.device_ids != (0,):
             raise UnsupportedModel(f"the cpu backend is one device, not {options.device_ids}: leave --d out")
         self.options = options
-        self.session = self.compute.submit(self._load, spec, tensors, options, progress).result()
+        with LAUNCHES:
+            self.session = self.compute.submit(self._load, spec, tensors, options, progress).result()
 
     def _load(self, spec: ModelSpec, tensors: TensorSource, options: LoadOptions, progress: Progress) -> "Session":
         self.threads = start_numba(options.threads or self.threads)
@@ -101,7 +105,7 @@ class CpuBackend:
         """Queue a step. Its arrays are read until it is waited for; the caller does not change them."""
         session = self._session()
         self.steps += 1
-        return CpuTicket(self.steps, self.compute.submit(session.run, step))
+        return CpuTicket(self.steps, self.compute.submit(run_step, session, step))
 
     def wait(self, ticket: Ticket) -> StepOutput:
         assert isinstance(ticket, CpuTicket)
@@ -126,6 +130,15 @@ class CpuBackend:
             why = "is closed" if self.closed else "has no model: call load first"
             raise BackendError(f"the cpu backend {why}")
         return self.session
+
+
+def run_step(session: "Session", step: StepInput) -> StepOutput:
+    """Numba's workqueue, which it takes where there is no OpenMP, ends the process if two threads launch at once."""
+    import numba
+
+    layer: str = numba.threading_layer()  # type: ignore[attr-defined]
+    with LAUNCHES if layer == "workqueue" else nullcontext():
+        return session.run(step)
 
 
 def start_numba(threads: int) -> int:

@@ -7,6 +7,7 @@ for workloads of equal lengths, and the others are refused. peer.py is the other
 import json
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = ["BatchedBench"]
 PAGE = 256              # llama.cpp rounds its context up to it, for every sequence
 BATCH = 512
 PATIENCE_S = 600
+WANTED = ("speed_pp", "speed_tg", "t")
 
 
 class BatchedBench:
@@ -59,8 +61,10 @@ class BatchedBench:
         for line in (done.stdout + "\n" + done.stderr).splitlines():
             start = line.find('{"n_kv_max"')
             if start >= 0:
-                report: dict[str, Any] = json.loads(line[start:])
-                return report
+                with suppress(ValueError):
+                    report = json.loads(line[start:])
+                    if all(isinstance(report.get(name), float | int) and report[name] > 0 for name in WANTED):
+                        return dict(report)
         said = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2] or f"it ended with {done.returncode}"
         raise ConfigError(f"--peer {self._program} gave no figures ({said[:300]}): is it llama-batched-bench of this year?")
 

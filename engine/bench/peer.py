@@ -4,9 +4,15 @@ It is asked in turns with our engine, so that a noisy machine is noisy for both;
 """
 
 import json
+import os
+import queue
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +24,8 @@ from engine.errors import ConfigError
 __all__ = ["LlamaCpp"]
 
 PAGE = 256     # llama.cpp rounds its context up to it
+PATIENCE_S = 600
+LAST_WORDS = 4000
 
 
 class LlamaCpp:
@@ -32,36 +40,78 @@ class LlamaCpp:
         ]  # fmt: skip
 
     def __enter__(self) -> "LlamaCpp":
+        self._said = tempfile.TemporaryFile()                      # nobody reads a pipe while it computes
         try:
             self._child = subprocess.Popen(  # noqa: S603 (the interpreter that the user named)
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, errors="replace",
+                start_new_session=True,                            # what it starts ends with it
             )
         except OSError as error:
+            self._said.close()
             raise ConfigError(f"--peer-python {self._command[0]}: {error.strerror}: name a Python interpreter") from None
-        self.version = str(self._answer()["version"])
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+        try:
+            self.version = str(self._answer("version")["version"])
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def run(self, work: Workload) -> Rates:
         assert self._child.stdin is not None
-        self._child.stdin.write(json.dumps({"prompts": work.prompts, "answers": work.answers}) + "\n")
-        self._child.stdin.flush()
-        return Rates(**self._answer())
+        try:
+            self._child.stdin.write(json.dumps({"prompts": work.prompts, "answers": work.answers}) + "\n")
+            self._child.stdin.flush()
+        except OSError:
+            raise self._failure("it does not listen any more") from None
+        answer = self._answer("prompt", "decode", "output")
+        return Rates(*(float(answer[name]) for name in ("prompt", "decode", "output")))
 
-    def _answer(self) -> dict[str, Any]:
+    def _listen(self) -> None:
         assert self._child.stdout is not None
-        line = self._child.stdout.readline()
+        for line in self._child.stdout:
+            self._lines.put(line)
+        self._lines.put("")
+        self._child.stdout.close()
+
+    def _answer(self, *names: str) -> dict[str, Any]:
+        """The next line: an object with these names."""
+        try:
+            line = self._lines.get(timeout=PATIENCE_S)
+        except queue.Empty:
+            raise self._failure(f"it says nothing for {PATIENCE_S} s") from None
         if not line:
-            _, said = self._child.communicate()
-            last = said.strip().rpartition("\n")[2] or f"it ended with {self._child.returncode}"
-            raise ConfigError(
-                f"the peer failed ({last[:300]}): pip install llama-cpp-python into an environment of its own and name its "
-                "interpreter with --peer-python"
-            )
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+            self._child.wait(10)
+            raise self._failure(f"it ended with {self._child.returncode}")
+        try:
+            answer = json.loads(line)
+            if isinstance(answer, dict) and all(answer.get(name) is not None for name in names):
+                return answer
+        except ValueError:
+            pass
+        raise self._failure(f"it says {line.strip()[:100]!r}")
+
+    def _failure(self, what: str) -> ConfigError:
+        self._said.seek(0)
+        last = self._said.read()[-LAST_WORDS:].decode("utf-8", "replace").strip().rpartition("\n")[2]
+        return ConfigError(
+            f"the peer failed ({last[:300] or what}): pip install llama-cpp-python into an environment of its own and name "
+            "its interpreter with --peer-python"
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._child.kill()
-        self._child.communicate()
+        if sys.platform == "win32":
+            self._child.kill()
+        else:
+            with suppress(ProcessLookupError):
+                os.killpg(self._child.pid, signal.SIGKILL)
+        self._child.wait()
+        self._listener.join(10)
+        if self._child.stdin is not None:
+            with suppress(OSError):                                # what it was never told
+                self._child.stdin.close()
+        self._said.close()

@@ -22,11 +22,12 @@ def spec_of(heads: int, kv_heads: int, size: int, window: int | None, cap: float
 
 
 def run(spec, qkv, chunks, make_step):
-    """Attention of one row whose tokens come in chunks; rope of position 0 is the identity."""
+    """Attention of one row whose tokens come in chunks; rope of position 0 is the identity. Others left NaNs."""
     a = spec.layers[0].attention
     pages = np.random.default_rng(3).permutation(64)[: -(-len(qkv) // 32)].tolist()
     shape = (64, 1, a.kv_heads)
-    cache = Cache(np.zeros((*shape, a.head_size, 32), np.float32), np.zeros((*shape, 32, a.head_size), np.float32))
+    left = [np.full((*shape, *inner), np.nan, np.float32) for inner in ((a.head_size, 32), (32, a.head_size))]
+    cache = Cache(*left)
     parts, before = [], 0
     for chunk in chunks:
         step = make_step([([0] * chunk, before, pages)])

@@ -1,6 +1,8 @@
 """The bench's parts that are not speed: workloads, synthetic models, refusals, and one row from end to end."""
 
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from engine.bench import __main__ as bench
+from engine.bench import peer as peer_module
 from engine.bench.figures import Figure
 from engine.bench.synthetic import MODELS, TYPES, synthetic_checkpoint
 from engine.bench.tables import TABLES
@@ -70,6 +73,10 @@ def test_q4_k_m_gives_more_bits_to_some_layers_and_falls_back_where_blocks_do_no
     ("arguments", "message"),
     [
         (["--rows", "B2"], "there are core, start"),
+        (["--rows", "B1,b1"], "B1 twice"),
+        (["--rounds", "0"], "--rounds 0: it is above 0"),
+        (["--scale", "nan"], "it is above 0"),
+        (["--json", "/no/such/folder/x.json"], "a folder that exists"),
         (["--synthetic", "gpt-5:q4_k_m"], "write NAME:TYPE"),
         (["--table", "leaf"], "there is seed"),
         (["--table", "seed", "--rows", "B1"], "leave --rows"),
@@ -88,6 +95,42 @@ def test_what_cannot_be_measured_is_refused_with_a_cure(
     monkeypatch.setattr(bench, "measure_machine", lambda threads: bench.Machine(threads, 1e10, 1e10))
     assert bench.main(arguments) == 2
     assert message in " ".join(capsys.readouterr().out.split())
+
+
+PEERS = {
+    "garbage": ("echo no json", "it says 'no json'"),
+    "another object": ("echo '{}'", "it says '{}'"),
+    "an end": ("echo out of memory >&2; exit 3", "out of memory"),
+    "silence": ("sleep 600", "it says nothing"),
+    "noise and silence": ("head -c 300000 /dev/zero | tr '\\0' x >&2; sleep 600", "it says nothing|xxx"),
+    "an end after the greeting": ("echo '{\"version\": 1}'; exit 0", "it ended with 0|does not listen"),
+    "no rates": ("echo '{\"version\": 1}'; read line; echo '{\"prompt\": null}'; sleep 600", "it says"),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the peer is a shell script")
+@pytest.mark.parametrize("kind", PEERS)
+def test_a_peer_that_misbehaves_is_told_and_ended(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, message = PEERS[kind]
+    peer = tmp_path / "python"
+    peer.write_text(f"#!/bin/sh\n{script}\n")
+    peer.chmod(0o700)
+    started = []
+
+    class Remembered(subprocess.Popen):
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(peer_module, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(peer_module.subprocess, "Popen", Remembered)
+    monkeypatch.setattr(bench, "measure_machine", lambda threads: bench.Machine(threads, 1e10, 1e10))
+    arguments = ["--rows", "B1", "--rounds", "1", "--backend", "null", "--peer", "llama.cpp", "--peer-python", str(peer)]
+    assert bench.main(arguments) == 2
+    assert re.search(message, "".join(capsys.readouterr().out.split("\n")))
+    assert [child.poll() is not None for child in started] == [True]
 
 
 def test_a_row_is_measured_and_written_with_its_settings(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from backends.cpu.kernels.jit import inner, kernel, signed
 __all__ = ["rotate_and_write"]
 
 Floats = NDArray[np.float32]
+ZERO = np.float32(0)
 
 
 @inner
@@ -49,6 +50,21 @@ def write(qkv: Floats, t: int, heads: int, slot: int, keys: Floats, values: Floa
 
 
 @inner
+def clear_rest(slots: NDArray[np.int64], t: int, values: Floats, layer: int) -> None:
+    """Behind the last of a row's tokens in a page that they began: no weight of 0 may meet what another sequence left there,
+    which need not be finite. Pages that were begun earlier are clear already."""
+    page_tokens = values.shape[3]
+    slot = slots[t]
+    page, offset = slot // page_tokens, slot % page_tokens
+    goes_on = t + 1 < slots.shape[0] and slots[t + 1] == slot + 1 and offset + 1 < page_tokens
+    if not goes_on and t >= offset and slots[t - offset] == slot - offset:
+        for h in range(values.shape[2]):
+            for rest in range(offset + 1, page_tokens):
+                for i in range(values.shape[4]):
+                    values[page, layer, h, rest, i] = ZERO
+
+
+@inner
 def position_row(
     qkv: Floats, bias: Floats, query_norm: Floats, key_norm: Floats, epsilon: np.float32, cosine: Floats, sine: Floats,
     interleaved: bool, slots: NDArray[np.int64], keys: Floats, values: Floats, layer: int, t: int,
@@ -63,6 +79,7 @@ def position_row(
             head_norm(qkv, t, h * size, norm, epsilon)
         rotate(qkv, t, h * size, cosine, sine, interleaved)
     write(qkv, t, heads, slots[t], keys, values, layer)
+    clear_rest(slots, t, values, layer)
 
 
 @kernel
