@@ -35,6 +35,11 @@ CHECKED_FOR_MEMORY = ("test_elementwise.py", "test_resolve.py")
 REPEATS = 7
 CACHE_BYTES = 200 << 20                  # more than any L2: what is measured goes round at least so much memory
 ROUND_S = 0.004                          # of work in one replay
+MODELS = (
+    ("--synthetic", "qwen3-0.6b:bf16", "--rows", "B1,PRE,VR256,NV256"),
+    ("--table", "seed"),
+)  # fmt: skip
+MODELS_S = 150
 TORCH_PEER = """
 import torch
 a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -311,6 +316,25 @@ def print_table(rows: list[Row], peer: float | None) -> None:
     print(f"the product: {peer:.0f} TFLOP/s, PyTorch's, 8192^3 bf16" if peer else "no peer for products: no PyTorch here")
 
 
+def models(rows: list[Row]) -> bool:
+    """The engine's own workloads on synthetic models, each beside the limits that the table above has; whether all ran."""
+    copied = next((row.nbytes / row.seconds for row in rows if row.name == "copy"), 0.0)
+    products = max((row.operations / row.seconds / 2 for row in rows if row.operations), default=0.0)
+    if not (copied and products):
+        return False
+    limits = ("--bandwidth", f"{copied / 1e9:.0f}", "--multiply-adds", f"{products / 1e9:.0f}")
+    right = True
+    for arguments in MODELS:
+        command = [sys.executable, "-m", "engine.bench", "--backend", "cuda", "--rounds", "1", *limits, *arguments]
+        print("==", " ".join(command[1:]), flush=True)
+        try:
+            right &= subprocess.run(command, cwd=PROJECT, timeout=MODELS_S).returncode == 0
+        except subprocess.TimeoutExpired:
+            print(f"FAILED: it took more than {MODELS_S} s")
+            right = False
+    return right
+
+
 def torch_peer() -> float | None:
     """TFLOP/s of PyTorch's big product, in a process of its own, where it happens to be installed."""
     if importlib.util.find_spec("torch") is None:
@@ -349,9 +373,11 @@ def main(ring: str = "all") -> int:
     peer = torch_peer()
     rows, failures = measure(bench, cubin)
     print_table(rows, peer)
+    bench.forget()
+    device.close()                                       # the models want its memory
+    right &= models(rows)
     for failure in failures:
         print(f"FAILED: {failure}")
-    device.close()
     print("everything passed" if right and not failures else "FAILED: see above")
     return 0 if right and not failures else 1
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from backends.cpu.host import usable_cores
 from backends.cpu.kernels.attention import attend
-from backends.cpu.kernels.forward import forward
+from backends.cpu.kernels.forward import attention_function, forward
 from backends.cpu.kernels.sampling import sample
 from backends.cpu.kernels.vectors import has_byte_products
 from backends.cpu.model import make_cache, step_shape
@@ -35,7 +35,8 @@ COSTLY = {ATTENTION: (attend, sample), SAMPLING: (forward, sample)}      # what 
 
 
 def aside_of(spec: ModelSpec, tensors: TensorSource) -> str:
-    """What the helper compiles: sampling where all layers are one kernel (about what fused.py serves), else attention."""
+    """What the helper compiles: sampling (and attention by address) where all layers are one call, about what fused.py
+    serves; else attention as a kernel."""
     first = spec.layers[0]
     quantized = tensors.tensor("layers.0.query").storage.quantized
     return SAMPLING if has_byte_products() and quantized and isinstance(first.feed_forward, Dense) else ATTENTION
@@ -77,6 +78,7 @@ def main() -> None:
     spec, step = tiny_spec(), warm_up_step(2)
     if sys.argv[1:] == [SAMPLING]:
         logits = np.zeros((2, VOCABULARY), np.float32)
+        attention_function()
         Sampler(VOCABULARY, 1).draw(step, np.zeros(0, np.int32), lambda at: logits[: len(at)])
         return
     ops, layer = Ops(1, spec.norm_epsilon), spec.layers[0].attention

@@ -10,7 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.cpu.kernels.forward import ATTENTION_OUTPUT, DOWN, GATE, QUERY, SLOTS, STEP, UP, forward
+from backends.cpu.kernels.forward import (
+    ATTENTION_OUTPUT,
+    DOWN,
+    GATE,
+    QUERY,
+    SLOTS,
+    STEP,
+    UP,
+    attention_function,
+    forward,
+    stages_function,
+)
 from backends.cpu.kernels.integer import MATRIX
 from backends.cpu.kernels.jit import LANES
 from backends.cpu.kernels.stages import NAP
@@ -69,7 +80,8 @@ class Fused:
         ):  # fmt: skip
             step[name] = array.ctypes.data
         for name, number in (
-            ("nap", NAP), ("layers", len(layers)), ("hidden", spec.hidden_size), ("width", feed.width),
+            ("nap", NAP), ("stages", stages_function().address), ("layers", len(layers)), ("hidden", spec.hidden_size),
+            ("width", feed.width),
             ("heads", first.heads), ("kv_heads", first.kv_heads), ("head_size", first.head_size), ("page_tokens", LANES),
             ("bias_columns", biases.shape[1]), ("norm_size", head_norms.shape[2]), ("is_silu", feed.activation == "silu"),
             ("interleaved", first.rope.interleaved), ("epsilon", ops.epsilon), ("scale", first.scale),
@@ -86,6 +98,7 @@ class Fused:
         mixed = ops.rows("attention", x.tokens, a.heads * a.head_size)
         gated = ops.rows("gated", x.tokens, self.width)
         step = self.step
+        step["attention"] = attention_function().address
         for name, array in (
             ("cosine", at.cosine), ("sine", at.sine), ("slots", at.slots), ("blocks", at.blocks), ("tables", at.tables),
             ("keys", cache.keys), ("values", cache.values), ("x", x.values), ("normed", normed.values),
@@ -98,6 +111,12 @@ class Fused:
         step["block_count"], step["rotary_half"] = len(at.blocks), at.cosine.shape[1]
         step["table_rows"], step["table_width"] = at.tables.shape
         step["room"] = min(len(rows.values) for rows in (x, normed, mixed, gated))
+        forward(step, ops.workers)
+
+    def warm_up(self, ops: Ops) -> None:
+        """Compile all but attention, by a step of no layers."""
+        step = self.step.copy()
+        step["layers"] = 0
         forward(step, ops.workers)
 
 

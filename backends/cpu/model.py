@@ -87,10 +87,10 @@ class Model:
         return {rope: step_shape(self.spec, step, rotation) for rope, rotation in self.rotations.items()}
 
     def warm_up(self, step: StepInput, cache: Cache) -> None:
-        """Compile what the layers have, on a step of one token: beside attention where it is a kernel of its own."""
+        """Compile what the layers have, on a step of one token, beside attention."""
         x = self.ops.embed(np.zeros(1, np.int32), self.weights.embedding, self.spec.hidden_size)
         if self.fused is not None:
-            self.fused.run(self.ops, x, cache, self.shapes(step)[self.fused.attention.rope])
+            self.fused.warm_up(self.ops)
             self.logits(self.final_states(x, np.zeros(1, np.intp)))
             return
         first, attention = self.weights.layers[0], self.spec.layers[0].attention

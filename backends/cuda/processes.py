@@ -163,12 +163,11 @@ def start_processes(device_ids: tuple[int, ...], factory: str = CUDA_SEAT) -> Te
 
 def _nccl_id() -> bytes | None:
     """Of a new NCCL group; None where there is no NCCL."""
-    if sys.platform == "win32":
-        return None
-    from backends.cuda.nccl import new_unique_id
+    if sys.platform != "win32":
+        from backends.cuda.nccl import new_unique_id
 
-    try:
-        return new_unique_id()
-    except DeviceUnavailable as error:
-        log.warning("%s: until then sums between devices go through the host, which is slow", error)
-        return None
+        try:
+            return new_unique_id()
+        except DeviceUnavailable as error:
+            log.warning("%s: until then sums between devices go through the host, which is slow", error)
+    return None

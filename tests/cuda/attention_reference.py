@@ -9,7 +9,7 @@ import numpy as np
 
 from backends.cuda.attention import CacheLayout, attention_kernels
 from engine.model.spec import Attention, Rope
-from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.devices import make_device
 
 __all__ = [
     "PAGE", "Case", "assert_close", "device_for", "e4m3_values", "from_bf16", "is_close", "make_attention", "to_bf16",
@@ -117,7 +117,7 @@ class Case:
         expected = expected.reshape(tokens, -1)
         return cls(attention, layout, layer, starts, lengths, tables, pool, far_page, qkv, expected)
 
-    def on(self, device: EmulatedDevice):
+    def on(self, device):
         """The arrays on a device: qkv, pool address, row_starts, kv_lengths, tables, width, out."""
         pool = device.put(self.pool)
         return (
@@ -131,7 +131,7 @@ class Case:
 
 def device_for(attentions, items=("bf16",), files=None, **more):
     """A device with the kernels for all of these, built together."""
-    device = EmulatedDevice(**more)
+    device = make_device(**more)
     kernels = {kernel: None for attention in attentions for item in items for kernel in attention_kernels(attention, item)}
     device.prepare([kernel for kernel in kernels if files is None or kernel.file in files])
     return device

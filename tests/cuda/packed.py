@@ -7,7 +7,7 @@ from backends.cuda.bfloat16 import from_bfloat16, to_bfloat16
 from backends.cuda.device import make_array
 from backends.cuda.matrices import Packer
 from engine.weights.tensors import STORAGE, RawTensor, to_float32
-from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.devices import make_device
 
 CLOSE = 2e-6                         # products, relative: see far()
 # storage type -> where a block has its float16s; whether the second one is a minimum
@@ -72,7 +72,7 @@ class Bench:
     """A device with one matrix, and what is multiplied by it."""
 
     def __init__(self, name, rows, columns, *, most_tokens=8, seed=0, edits=None, experts=1):
-        self.device = EmulatedDevice(seed=seed, edits=edits, memory_bytes=16 << 30)
+        self.device = make_device(seed=seed, edits=edits, memory_bytes=16 << 30)
         self.stream = self.device.stream()
         self.raws = [random_weights(name, rows, columns, expert) for expert in range(experts)]
         self.matrix = packed(self.device, self.stream, name, *self.raws, experts=experts)

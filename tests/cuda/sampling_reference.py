@@ -18,13 +18,13 @@ from backends.cuda.sampling import (
     score,
 )  # fmt: skip
 from engine.step import Bias, History, StepInput
-from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.devices import make_device
 
 NOTHING = np.zeros(0, np.int32)
 
 
 def ready(files=("sampling.cu", "resolve.cu", "scoring.cu"), **options):
-    device = EmulatedDevice(**options)
+    device = make_device(**options)
     device.prepare([kernel for kernel in KERNELS if kernel.file in files])
     return device
 

@@ -7,7 +7,7 @@ from backends.cuda import elementwise
 from backends.cuda.device import Array
 from backends.cuda.elementwise import elementwise_kernels, gated_kernel, norm_kernel, rows_kernel
 from engine.errors import StepFailed
-from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.devices import make_device
 
 EPSILON = 1e-5
 SEEDS = [0, 1, 7]
@@ -42,7 +42,7 @@ class Bench:
 
     def __init__(self, rows, columns, *, seed=0, edits=None, normal=True):
         random = np.random.default_rng(columns * 1000 + rows)
-        self.device = EmulatedDevice(seed=seed, edits=edits)
+        self.device = make_device(seed=seed, edits=edits)
         self.stream = self.device.stream()
         self.x = random.normal(0.3, 2.0, (rows, columns)).astype(np.float32)
         self.branch = widened(bf16(random.normal(-0.2, 1.0, (rows, columns))))
@@ -126,7 +126,7 @@ def test_zeros_and_huge_numbers_have_norms():
 
 def test_a_row_beyond_four_gigabytes_is_where_it_belongs():
     columns, rows = 1 << 20, 1100             # of the float32 rows, 1,024 are 4 GiB
-    device = EmulatedDevice(memory_bytes=1 << 36)
+    device = make_device(memory_bytes=1 << 36)
     device.prepare([norm_kernel("NOTHING", "bf16", columns)])
     x = Array(device.allocate(rows * columns * 4), (rows, columns), "f32")
     values = np.random.default_rng(0).normal(size=columns).astype(np.float32)
@@ -149,7 +149,7 @@ def gelu_tanh(z):
 @pytest.mark.parametrize("columns", [1, 7, 8, 96, 100, 2056])
 @pytest.mark.parametrize(("activation", "formula"), [("silu", silu), ("gelu_tanh", gelu_tanh)])
 def test_a_gate_is_the_activation_times_up(activation, formula, columns):
-    device = EmulatedDevice(seed=columns)
+    device = make_device(seed=columns)
     device.prepare([gated_kernel(activation, columns)])
     gate_up = widened(bf16(np.random.default_rng(columns).normal(0, 3, (5, 2 * columns))))
     out = Array(device.allocate(5 * columns * 2), (5, columns), "bf16")
@@ -160,7 +160,7 @@ def test_a_gate_is_the_activation_times_up(activation, formula, columns):
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gates_far_out_stay_finite(activation):
-    device = EmulatedDevice()
+    device = make_device()
     device.prepare([gated_kernel(activation, 8)])
     gate_up = np.ones((1, 16), np.float32)
     gate_up[0, :8] = [-3e38, -1e4, -90, -0.0, 0.0, 90, 1e4, 3e38]
@@ -181,7 +181,7 @@ def test_sums_of_rows(columns):
 
 
 def test_all_that_a_model_needs_is_prepared():
-    device = EmulatedDevice()
+    device = make_device()
     device.prepare(elementwise_kernels(64, [96, 100], ["silu"]))
     names = {kernel.name for kernel in device.functions}
     assert {"norm_rows<ADD, bf16, 4>", "norm_rows<NOTHING, float, 4>", "gated<SILU, 8>", "gated<SILU, 1>"} < names

@@ -6,7 +6,7 @@ import pytest
 from backends.cuda import products
 from backends.cuda.device import Array, make_array
 from backends.cuda.matrices import Packer
-from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.devices import make_device
 from tests.cuda.packed import CLOSE, Bench, far, kernels_of, random_weights, to_bfloat16, tokens_of, wanted
 
 full = pytest.mark.full
@@ -64,7 +64,7 @@ def test_a_captured_launch_reads_tiles_from_memory():
 
 @pytest.mark.parametrize("tile", [8, 16])
 def test_experts_beyond_four_gigabytes(tile):
-    device = EmulatedDevice(memory_bytes=16 << 30)
+    device = make_device(memory_bytes=16 << 30)
     stream = device.stream()
     packer, experts, raw = Packer(device, stream, piece_bytes=1 << 12), 2_200_000, random_weights("BF16", 16, 64)
     matrix = packer.empty("BF16", 16, 64, experts)

@@ -10,7 +10,7 @@ import pytest
 from backends.cpu.runner import CpuBackend
 from backends.cuda.runner import CudaBackend
 from engine.backend import LoadOptions
-from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.devices import make_device
 from tests.support.random_models import SMALL_MODELS, small_model
 from tests.support.steps import build_step
 
@@ -47,7 +47,7 @@ def both(request: pytest.FixtureRequest):
     cpu = CpuBackend()
     cpu.load(spec, tensors, LoadOptions(dtype="f32"), quiet)
     cpu.allocate_cache(4 << 20)
-    cuda = CudaBackend(EmulatedDevice(seed=3), max_batch_tokens=64, max_num_seqs=4)
+    cuda = CudaBackend(make_device(seed=3), max_batch_tokens=64, max_num_seqs=4)
     cuda.load(spec, tensors, LoadOptions(max_num_seqs=4, context_length=128, **options), quiet)
     cuda.allocate_cache(16 * cuda.session.layout.page_bytes)
     yield cpu, cuda

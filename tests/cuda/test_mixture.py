@@ -8,7 +8,7 @@ from backends.cuda.device import Array
 from backends.cuda.mixture import RoutingRoom, combine_kernel, mixture_kernels, most_tiles
 from engine.errors import StepFailed, UnsupportedModel
 from engine.model.spec import Mixture
-from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.devices import make_device
 from tests.cuda.test_elementwise import bf16, close, widened
 
 CASES = [  # tokens, experts, of a token, tile tokens
@@ -41,7 +41,7 @@ def chosen_by(logits, each, *, normalize):
 
 class Bench:
     def __init__(self, spec, tokens, *, least_tile=1, seed=0, edits=None):
-        self.device = EmulatedDevice(seed=seed, edits=edits)
+        self.device = make_device(seed=seed, edits=edits)
         self.device.prepare(mixture_kernels(spec, 64))
         self.stream = self.device.stream()
         self.room = RoutingRoom.make(self.device, spec, tokens, least_tile)

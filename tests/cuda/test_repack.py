@@ -8,7 +8,7 @@ from backends.cuda.device import Array
 from backends.cuda.matrices import PACKINGS, Packer
 from engine.errors import BadModelFile, UnsupportedModel
 from engine.weights.tensors import STORAGE, RawTensor, to_float32
-from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.devices import make_device
 from tests.cuda.packed import floats, packed, random_weights, rounded
 
 full = pytest.mark.full
@@ -59,7 +59,7 @@ def integers(blob, low, high, rows, columns):
 def test_integers_lie_where_the_layout_says_and_are_the_files(name):
     rows, columns = 32, 512
     raw = random_weights(name, rows, columns)
-    device = EmulatedDevice()
+    device = make_device()
     matrix = packed(device, device.stream(), name, raw)
     q = FORMATS[name].unpack(raw.data.reshape(rows, -1, raw.storage.bytes)).q
     got = integers(device.get(matrix.blob), *PLANES[name], rows, columns)
@@ -76,7 +76,7 @@ def test_scales_and_minima_keep_all_their_bits(name):
     for bit in range(8 * len(at)):
         copies[bit + 1, row + at[bit // 8]] ^= 1 << bit % 8              # in the first block of row 5
     raw = RawTensor("w", (16 * len(copies), 256), STORAGE[name], copies.reshape(-1), "w.gguf")
-    device = EmulatedDevice()
+    device = make_device()
     strip = device.get(packed(device, device.stream(), name, raw).strip).reshape(len(copies), -1)
     assert strip.nbytes == len(copies) * 16 * 256 // STORAGE[name].block * len(at)
     changed = np.unpackbits(strip[1:] ^ strip[0], axis=1)
@@ -86,7 +86,7 @@ def test_scales_and_minima_keep_all_their_bits(name):
 
 @pytest.mark.parametrize("name", PACKINGS)
 def test_a_matrix_takes_what_it_takes_in_the_file(name):
-    device = EmulatedDevice()
+    device = make_device()
     packer = Packer(device, device.stream())
     device.prepare = lambda kernels: None
     matrix = packer.empty(name, 48, 512, experts=3)
@@ -106,7 +106,7 @@ def dense(device, matrix):
 @pytest.mark.parametrize("name", ["F32", "F16", "F64", "BF16", "Q4_0"])
 def test_other_types_become_bfloat16_rounded_to_nearest(name):
     raw = random_weights(name, 37, 160)
-    device = EmulatedDevice(seed=1)
+    device = make_device(seed=1)
     matrix = packed(device, device.stream(), "BF16", raw)
     got = dense(device, matrix)[0]
     assert np.array_equal(got[:37, :160], rounded(to_float32(raw)))
@@ -115,7 +115,7 @@ def test_other_types_become_bfloat16_rounded_to_nearest(name):
 
 
 def test_tensors_lie_under_one_another_and_experts_after_one_another():
-    device = EmulatedDevice()
+    device = make_device()
     stream = device.stream()
     parts = [random_weights("BF16", rows, 72, seed) for seed, rows in enumerate((32, 16, 21))]
     got = dense(device, packed(device, stream, "BF16", *parts))[0]
@@ -129,7 +129,7 @@ def test_tensors_lie_under_one_another_and_experts_after_one_another():
 @pytest.mark.parametrize("piece", [1, 1 << 12, 1 << 20])
 def test_pieces_of_any_size_make_the_same_matrix(piece):
     raw = floats("F32", np.random.default_rng(3).normal(size=(200, 64)).astype(np.float32))
-    device = EmulatedDevice(seed=2)
+    device = make_device(seed=2)
     packer = Packer(device, device.stream(), piece_bytes=piece)
     matrix = packer.empty("BF16", 200, 64)
     packer.fill(matrix, raw)
@@ -140,7 +140,7 @@ def test_pieces_of_any_size_make_the_same_matrix(piece):
 
 def test_odd_values_stay_odd_as_floats():
     values = np.array([[np.nan, np.inf, -np.inf, -0.0, 1e-45, 3.4e38, 65520.0, 1.0]], np.float32)
-    device = EmulatedDevice()
+    device = make_device()
     stream = device.stream()
     got = dense(device, packed(device, stream, "BF16", floats("F32", values)))[0, 0, :8]
     assert np.array_equal(got, rounded(values)[0], equal_nan=True)
@@ -151,7 +151,7 @@ def test_odd_values_stay_odd_as_floats():
 
 
 def test_a_tensor_with_missing_bytes_is_refused():
-    device = EmulatedDevice()
+    device = make_device()
     packer = Packer(device, device.stream())
     raw = random_weights("Q8_0", 16, 64)
     cut = RawTensor("w", raw.shape, raw.storage, raw.data[:-1], "w.gguf")
@@ -160,6 +160,6 @@ def test_a_tensor_with_missing_bytes_is_refused():
 
 
 def test_columns_that_are_no_whole_blocks_are_refused():
-    device = EmulatedDevice()
+    device = make_device()
     with pytest.raises(UnsupportedModel, match="288 columns, Q4_K has blocks of 256"):
         Packer(device, device.stream()).empty("Q4_K", 16, 288)

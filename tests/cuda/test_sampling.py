@@ -8,7 +8,7 @@ from backends.cpu.kernels import arithmetic
 from backends.cuda.device import Kernel
 from engine.errors import StepFailed
 from engine.step import Bias, History
-from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.devices import make_device
 from tests.cuda.sampling_reference import make_step, normal, on_cpu, on_device, random_step, ready
 
 FILES = ("sampling.cu", "resolve.cu")
@@ -69,7 +69,7 @@ def cpu_exponentials(x, y):
 
 def exponentials_agree(count):
     kernel = Kernel("exponentials.cu", "exponentials")
-    device = EmulatedDevice(texts={"exponentials.cu": EXPONENTIALS})
+    device = make_device(texts={"exponentials.cu": EXPONENTIALS})
     device.prepare([kernel])
     negative = np.linspace(0x80000000, 0xC2B00000, count, dtype=np.uint64).astype(np.uint32).view(np.float32)   # -0 to -88
     x = np.concatenate([negative, np.linspace(-90, 90, count, dtype=np.float32), np.float32([0, -87, 88, -1e30, 1e30])])
