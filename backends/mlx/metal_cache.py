@@ -1,0 +1,136 @@
+"""The KV cache on Metal: norm, rope and the write in one kernel, paged attention in another; make_cache() chooses.
+
+Kernels write into the pools in place, and readers take the token of the last write, so that MLX keeps their order. Two steps
+may be in flight: the slots of one are made to depend on the last token of the step before, or MLX would see nothing that
+orders the two. A page is written again only after the wait of the last ticket that names it.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from backends.mlx.cache import Cache, PortableCache, copy_pages, make_pools
+from backends.mlx.metal import HEAD_SIZES, LayerPools, MetalKernels
+from backends.mlx.metal_norms import NormKernels, RopeTable, rope_table
+from backends.mlx.ops import Ops
+from backends.mlx.rope import Rotation
+from backends.mlx.steps import PaddedStep, rounded_up
+from backends.mlx.tree import LayerWeights
+from engine.errors import UnsupportedModel
+from engine.model.spec import Attention, ModelSpec
+from engine.step import IntArray
+
+__all__ = ["MetalCache", "can_use", "make_cache"]
+
+log = logging.getLogger(__name__)
+
+
+def can_use(kernels: MetalKernels, spec: ModelSpec) -> bool:
+    """Whether the kernels run here and have the model's head sizes; says once why not."""
+    sizes = sorted({layer.attention.head_size for layer in spec.layers} - set(HEAD_SIZES))
+    if sizes:
+        log.warning("head size %d has no Metal kernel: attention is MLX's own, and slower", sizes[0])
+        return False
+    if not kernels.self_check():
+        log.warning("what a Metal kernel wrote in place was not read back: attention is MLX's own, and slower")
+        return False
+    return True
+
+
+def make_cache(
+    spec: ModelSpec, ops: Ops, pages: int, dtype: mx.Dtype, kernels: MetalKernels | None, *, fp8: bool = False
+) -> Cache:
+    """By the kernels if there are any, else by MLX's own operations. fp8: keys and values as E4M3."""
+    if kernels is None or ops.norms is None:
+        if fp8:
+            raise UnsupportedModel("an fp8 KV cache wants kernels that cannot be used here: leave --fp8-kvcache out")
+        return PortableCache(spec, ops, pages, dtype)
+    return MetalCache(spec, ops, pages, mx.uint8 if fp8 else dtype, kernels, ops.norms)
+
+
+class MetalCache:
+    """Pages written and read by kernels."""
+
+    def __init__(
+        self, spec: ModelSpec, ops: Ops, pages: int, item: mx.Dtype, kernels: MetalKernels, norms: NormKernels
+    ) -> None:
+        self.pages, self.kernels, self.norms, self.epsilon = pages, kernels, norms, ops.epsilon
+        self.pools = [LayerPools(keys, values) for keys, values in make_pools(spec, pages + 1, item)]
+        ropes = {layer.attention.rope: Rotation.of(layer.attention.rope) for layer in spec.layers}
+        self.tables: dict[object, RopeTable] = {
+            rope: rope_table(rotation.frequencies, rotation.stretch, halves=not rope.interleaved)
+            for rope, rotation in ropes.items()
+        }
+        self.last_token = mx.ones(1)
+        mx.eval(self.last_token, *(table.turns for table in self.tables.values()))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(pools.keys.nbytes + pools.values.nbytes for pools in self.pools)
+
+    def open(self, step: PaddedStep, copies: IntArray) -> "MetalPages":
+        if len(copies):
+            mx.synchronize()
+            copy_pages([pool for pools in self.pools for pool in (pools.keys, pools.values)], copies)
+        return MetalPages(self, step)
+
+
+class MetalPages:
+    """One step's way through a MetalCache. Rows of one token come first and go to the kernel that splits a context."""
+
+    def __init__(self, cache: MetalCache, step: PaddedStep) -> None:
+        self.cache = cache
+        self.positions = mx.array(step.positions)
+        self.slots = mx.array(step.slots) + mx.minimum(cache.last_token, 0).astype(mx.int32)     # a token is 1
+        self.tokens: list[mx.array] = []
+        longer = np.flatnonzero(step.lengths != 1)
+        self.decoding = int(longer[0]) if len(longer) else len(step.lengths)
+        total = len(step.tokens)
+        if self.decoding == len(step.lengths):
+            self.decoding_tokens = total                          # padding too: rows without a context
+            self.decode_tables, self.decode_lengths = padded_rows(step.page_tables, step.kv_lengths, total)
+            return
+        d = self.decoding_tokens = self.decoding
+        if d:
+            self.decode_tables, self.decode_lengths = padded_rows(step.page_tables[:d], step.kv_lengths[:d], d)
+        rows = rounded_up(len(step.lengths) - d)
+        self.tables, self.lengths = padded_rows(step.page_tables[d:], step.kv_lengths[d:], rows)
+        starts = np.full(rows + 1, step.count - d, np.int32)
+        starts[: len(step.lengths) - d + 1] = step.row_starts[d:] - d
+        self.row_starts = mx.array(starts)
+
+    def place(
+        self, number: int, spec: Attention, w: LayerWeights, q: mx.array, keys: mx.array, values: mx.array
+    ) -> mx.array:
+        norms = None if w.query_norm is None or w.key_norm is None else (w.query_norm, w.key_norm)
+        turned, token = self.cache.norms.rope_and_write(
+            q, keys, values, self.cache.pools[number], self.positions, self.slots, self.cache.tables[spec.rope], norms,
+            self.cache.epsilon,
+        )  # fmt: skip
+        self.tokens.append(token)
+        self.cache.last_token = token
+        return turned
+
+    def attend(self, number: int, spec: Attention, q: mx.array) -> mx.array:
+        kernels, pools, token = self.cache.kernels, self.cache.pools[number], self.tokens[number]
+        settings = spec.scale, spec.sliding_window, spec.soft_cap
+        found, d = [], self.decoding_tokens
+        if d:
+            found.append(kernels.attend_decode(q[:d], pools, self.decode_tables, self.decode_lengths, token, *settings))
+        if d < len(q):
+            found.append(
+                kernels.attend_prefill(q[d:], pools, self.tables, self.row_starts, self.lengths, token, *settings)
+            )
+        return found[0] if len(found) == 1 else mx.concatenate(found)
+
+    @property
+    def written(self) -> Sequence[mx.array]:
+        return self.tokens[-1:]
+
+
+def padded_rows(tables: IntArray, lengths: IntArray, rows: int) -> tuple[mx.array, mx.array]:
+    """With rows behind them that see nothing."""
+    missing = rows - len(lengths)
+    return mx.array(np.pad(tables, ((0, missing), (0, 0)))), mx.array(np.pad(lengths, (0, missing)))
