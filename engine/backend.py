@@ -47,6 +47,7 @@ class BackendInfo:
     max_places: int
     max_num_seqs: int                    # the default of --max-num-seqs here
     supports: frozenset[str]
+    native: bool = True                  # False: without the device that it is for, which "auto" passes by
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,10 @@ def create_backend(name: str = "auto") -> Backend:
             raise DeviceUnavailable(f"no backend named {candidate!r} is installed: choose one of {known}")
         try:
             factory = cast(Callable[[], Backend], next(iter(points)).load())
-            return factory()
+            backend = factory()
+            if backend.info.native or name != "auto":
+                return backend
+            refusals.append(f"{candidate}: {backend.info.device}")
         except (ImportError, DeviceUnavailable) as error:
             refusals.append(f"{candidate}: {error}")
     raise DeviceUnavailable(

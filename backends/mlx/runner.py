@@ -47,6 +47,7 @@ class MlxBackend:
             max_places=MAX_PLACES,
             max_num_seqs=MAX_NUM_SEQS,
             supports=SUPPORTS | {"fp8_kvcache"} if metal or make_kernel is not None else SUPPORTS,
+            native=metal,
         )
         self.options = LoadOptions()
         self.session: Session | None = None
