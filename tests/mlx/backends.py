@@ -9,8 +9,16 @@ import numpy as np
 from backends.cpu.runner import CpuBackend
 from backends.mlx.runner import MlxBackend
 from engine.backend import LoadOptions
+from tests.mlx.shim import ShimMetal
 
-__all__ = ["loaded", "logits_of_cpu", "logits_of_mlx", "mlx_backend", "quiet"]
+__all__ = ["NATIVE", "loaded", "logits_of_cpu", "logits_of_mlx", "metal_kernel", "mlx_backend", "quiet"]
+
+NATIVE = mx.metal.is_available()
+
+
+def metal_kernel():
+    """What makes Metal kernels in tests: Metal itself (None) or the shim."""
+    return None if NATIVE else ShimMetal((0,)).metal_kernel
 
 
 def quiet(what: str, done: int, of: int) -> None:

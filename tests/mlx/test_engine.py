@@ -7,16 +7,15 @@ import pytest
 from backends.mlx.metal_cache import MetalCache
 from backends.mlx.runner import MlxBackend
 from engine import EngineClosed, StepFailed
-from tests.mlx.shim import ShimMetal
+from tests.mlx.backends import NATIVE, metal_kernel
 from tests.support.scheduled import Scheduled, prompt_of
 
 pytestmark = pytest.mark.anyio
-NATIVE = mx.metal.is_available()
 TOLERANCE = 5e-2 if NATIVE else 2e-4         # on a Mac activations have 16 bits
 
 
 def on_kernels() -> MlxBackend:
-    return MlxBackend(make_kernel=None if NATIVE else ShimMetal((0,)).metal_kernel, max_batch_tokens=48)
+    return MlxBackend(make_kernel=metal_kernel(), max_batch_tokens=48)
 
 
 PORTABLE = Scheduled("llama", MlxBackend, TOLERANCE, item_bytes=2 if NATIVE else 4)           # heads of 16: no kernel

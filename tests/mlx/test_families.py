@@ -1,19 +1,20 @@
 """The whole MLX runner against the CPU oracle: every family, in float32, steps with prompts, mixed ones and decoding.
 
-On Linux it runs on mlx[cpu]: the same graph as on a Mac but for attention, the cache writes and the norms, which are MLX's own
-operations there. A second test puts the Metal kernels in their place, executed by the shim.
+On Linux it runs on mlx[cpu]: the same graph as on a Mac but for attention, cache writes and norms, which are MLX's own
+operations there. The other tests put the Metal kernels in their place, executed by the shim.
 """
 
-import mlx.core as mx
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from backends.cpu.runner import CpuBackend
 from backends.mlx.metal_cache import MetalCache
 from backends.mlx.runner import MlxBackend
-from engine.backend import LoadOptions
-from tests.mlx.backends import logits_of_cpu, logits_of_mlx, loaded
-from tests.support.random_models import SMALL_MODELS, small_model
+from engine.model.spec import Layer, ModelSpec
+from tests.mlx.backends import loaded, logits_of_cpu, logits_of_mlx, metal_kernel
+from tests.support.random_models import SMALL_MODELS, RandomSource, small_model
 from tests.support.steps import build_step
 
 TOLERANCE = 1e-4
@@ -57,7 +58,37 @@ def run(cpu: CpuBackend, mlx: MlxBackend, tolerance: float) -> None:
             newest[place] = token
 
 
+def with_heads_of_64(spec: ModelSpec) -> ModelSpec:
+    """The same model with heads for which there are kernels."""
+
+    def wide(layer: Layer) -> Layer:
+        a = layer.attention
+        rope = replace(a.rope, rotary_size=64 * a.rope.rotary_size // a.head_size)
+        return replace(layer, attention=replace(a, heads=4, kv_heads=2, head_size=64, scale=0.125, rope=rope))
+
+    return replace(spec, layers=tuple(wide(layer) for layer in spec.layers))
+
+
 @pytest.mark.parametrize("case", SMALL_MODELS)
 def test_a_family_says_what_the_oracle_says(case) -> None:
     with loaded(*small_model(case)) as (cpu, mlx):
         run(cpu, mlx, TOLERANCE)
+
+
+@pytest.mark.parametrize("case", SMALL_MODELS)
+def test_a_family_on_the_metal_kernels_says_what_the_oracle_says(case) -> None:
+    spec, tensors = small_model(case)
+    spec = with_heads_of_64(spec)
+    with loaded(spec, RandomSource(spec, tensors.types), make_kernel=metal_kernel()) as (cpu, mlx):
+        assert isinstance(mlx.session.cache, MetalCache)
+        run(cpu, mlx, TOLERANCE)
+
+
+def test_a_cache_of_eight_bits_is_close() -> None:
+    """E4M3 keeps three bits behind the point: an error of 1/16 at most in each key and value."""
+    spec, tensors = small_model("qwen3")
+    spec = with_heads_of_64(spec)
+    options = {"make_kernel": metal_kernel(), "fp8_kvcache": True}
+    with loaded(spec, RandomSource(spec, tensors.types), **options) as (cpu, mlx):
+        assert mlx.session.page_bytes == 2 * 2 * 64 * 2 * 32
+        run(cpu, mlx, 6e-2)
