@@ -15,6 +15,7 @@ from backends.mlx.metal import MetalKernels
 from backends.mlx.metal_cache import can_use, make_cache
 from backends.mlx.metal_library import MakeKernel
 from backends.mlx.metal_norms import NormKernels
+from backends.mlx.metal_products import ProductKernels
 from backends.mlx.model import Model
 from backends.mlx.ops import Ops
 from backends.mlx.sampler import Drawn, draw, resolve
@@ -54,9 +55,10 @@ class Session:
         """make_kernel: stands for mx.fast.metal_kernel in tests."""
         self.spec, self.fp8, self.most_tokens = spec, options.fp8_kvcache, most_tokens
         set_limits(spec, most_tokens)
-        self.weights = load_weights(spec, tensors, options.dtype, progress)
-        progress("checking the device", 0, 1)
         metal = make_kernel is not None or mx.metal.is_available()
+        products = ProductKernels(make_kernel) if metal else None
+        self.weights = load_weights(spec, tensors, options.dtype, progress, products)
+        progress("checking the device", 0, 1)
         norms = NormKernels(make_kernel) if metal and spec.hidden_size >= 8 else None
         kernels = MetalKernels(make_kernel) if norms is not None else None
         self.kernels = kernels if kernels is not None and can_use(kernels, spec) else None

@@ -38,9 +38,12 @@ DTYPES: dict[str, mx.Dtype | None] = {
 NOTED_GROWTH = 1.25          # times its bytes in the file, from which on a type is told of
 
 
-def load_weights(spec: ModelSpec, source: TensorSource, dtype: str, progress: Progress) -> ModelWeights:
+def load_weights(
+    spec: ModelSpec, source: TensorSource, dtype: str, progress: Progress, products: ProductKernels | None = None
+) -> ModelWeights:
     """Every tensor of the checkpoint, on the device and evaluated.
 
+    products: the kernels that read native blocks, where there are any; else such types become floats.
     dtype: of the activations, and of the weights that are floats; "auto" is float32 where there is no Metal, else the type
     that most of the model's floats have. Raises BadModelFile, UnsupportedModel, ConfigError, OutOfDeviceMemory.
     """
@@ -51,7 +54,7 @@ def load_weights(spec: ModelSpec, source: TensorSource, dtype: str, progress: Pr
         chosen if chosen is not None else own_dtype(spec, source) if metal else mx.float32,
         forced=chosen is not None,
         columns_first=not metal,
-        native=native_products() if metal else {},
+        native={} if products is None else native_products(products),
         mappings=Mappings(possible=metal),
         limit_bytes=memory_limit(),
     )
@@ -75,9 +78,8 @@ def own_dtype(spec: ModelSpec, source: TensorSource) -> mx.Dtype:
     return mx.float16 if bytes_of["F16"] > bytes_of["BF16"] else mx.bfloat16
 
 
-def native_products() -> Mapping[str, Product]:
+def native_products(kernels: ProductKernels) -> Mapping[str, Product]:
     """The storage types that the Metal kernels read in their own blocks; what repacks exactly is not among them."""
-    kernels = ProductKernels()
 
     def product(kind: str) -> Product:
         return lambda x, blocks: kernels.block_matvec(x, blocks, kind)
