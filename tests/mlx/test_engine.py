@@ -18,7 +18,7 @@ def on_kernels() -> MlxBackend:
     return MlxBackend(make_kernel=metal_kernel(), max_batch_tokens=48)
 
 
-PORTABLE = Scheduled("llama", MlxBackend, TOLERANCE, item_bytes=2 if NATIVE else 4)           # heads of 16: no kernel
+PORTABLE = Scheduled("llama", MlxBackend, TOLERANCE, item_bytes=2 if NATIVE else 4)
 KERNELS = Scheduled("k-quants", on_kernels, TOLERANCE, item_bytes=2 if NATIVE else 4)
 both = pytest.mark.parametrize("small", [pytest.param(PORTABLE, id="mlx"), pytest.param(KERNELS, id="kernels")])
 
