@@ -79,6 +79,9 @@ class Packer:
             made: Experts = (AffineExperts if groups.biases is not None else Mxfp4Experts)(groups)
         else:
             weight = self.floats(raws, taken, turned=False)
+            if not mx.metal.is_available():
+                weight = weight.astype(mx.float32)               # MLX's CPU build gathers matrices in no other type
+                mx.eval(weight)
             made = DenseExperts(weight.reshape(count, -1, weight.shape[-1]))
         self.nbytes += made.nbytes
         return made
@@ -139,13 +142,15 @@ class Packer:
         if kind != mx.float32 and all(raw.storage.name == NAMES[kind] for raw in raws):
             weight = self.as_it_is(raws, kind)
         elif kind == mx.float32:
-            weight = mx.array(staged(raws, turned))
+            weight, turned = mx.array(staged(raws, turned)), False
         else:
             parts = []
             for chunk in chunks(raws):
                 parts.append(mx.array(chunk).astype(kind))
                 mx.eval(parts[-1])
             weight = mx.concatenate(parts)
+        if turned:
+            weight = mx.contiguous(weight.T)
         mx.eval(weight)
         for raw in raws:
             taken(raw)
