@@ -159,19 +159,22 @@ class MetalKernels:
         tokens, heads, head_size = q.shape
         kv_heads = pools.keys.shape[1]
         row_bytes = head_size * q.dtype.size
+        lengths = _padded(lengths, 0)
+        missing = len(lengths) + 1 - len(row_starts)             # padded rows end where they begin
+        row_starts = mx.pad(row_starts, (0, missing), constant_values=tokens) if missing else row_starts
         (out,) = self.library.run(
             "attend_prefill",
             {
                 "q": q,
                 "tables": _padded(tables, 0),
-                "row_starts": _padded(row_starts, tokens),
-                "lengths": _padded(lengths, 0),
+                "row_starts": row_starts,
+                "lengths": lengths,
                 **self._pools(pools),
                 **self._settings(token, scale, window, soft_cap),
             },
             {"out": (q.shape, q.dtype)},
             {**self._constants(q, pools), "BLOCK": 32 if row_bytes <= 256 else 16 if row_bytes <= 512 else 8},
-            groups=(tokens * (heads // kv_heads) // 32 + len(_padded(lengths, 0)), kv_heads, 1),
+            groups=(tokens * (heads // kv_heads) // 32 + len(lengths), kv_heads, 1),
             threads=128,
         )
         return out

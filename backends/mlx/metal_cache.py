@@ -95,9 +95,8 @@ class MetalPages:
         d = self.decoding_tokens = self.decoding
         if d:
             self.decode_tables, self.decode_lengths = padded_rows(step.page_tables[:d], step.kv_lengths[:d], d)
-        rows = rounded_up(len(step.lengths) - d)
-        self.tables, self.lengths = padded_rows(step.page_tables[d:], step.kv_lengths[d:], rows)
-        starts = np.full(rows + 1, step.count - d, np.int32)
+        self.tables, self.lengths = padded_rows(step.page_tables[d:], step.kv_lengths[d:], rounded_up(len(step.lengths) - d))
+        starts = np.full(len(self.lengths) + 1, step.count - d, np.int32)
         starts[: len(step.lengths) - d + 1] = step.row_starts[d:] - d
         self.row_starts = mx.array(starts)
 
@@ -131,6 +130,6 @@ class MetalPages:
 
 
 def padded_rows(tables: IntArray, lengths: IntArray, rows: int) -> tuple[mx.array, mx.array]:
-    """With rows behind them that see nothing."""
-    missing = rows - len(lengths)
+    """With rows behind them that see nothing; at least 8, as kernels take no smaller arrays."""
+    missing = max(8, rows) - len(lengths)
     return mx.array(np.pad(tables, ((0, missing), (0, 0)))), mx.array(np.pad(lengths, (0, missing)))

@@ -21,13 +21,14 @@ import numpy as np
 
 from engine.errors import StepFailed
 from tests.cuda.emulated_build import build_folder, digest, gxx, stacks
-from tests.cuda.emulated_memory import Memory, host_bytes
+from tests.cuda.emulated_memory import PAGE, Memory, host_bytes
 
 __all__ = ["ShimError", "ShimMetal", "generate", "kernel_text"]
 
 HERE = Path(__file__).parent
 THREADS = HERE.parent / "cuda"
 FLAGS = ("-std=c++20", "-Og")           # builds take longer than runs
+STALE, STALE_BYTES = 40, 128
 BYTES = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 ATTRIBUTES = {
     "thread_position_in_grid": "grid_at", "thread_position_in_threadgroup": "local_at",
@@ -235,12 +236,14 @@ class ShimMetal:
             inputs = dict(zip(arguments["input_names"], call["inputs"], strict=True))
             before = {name: bytes_of(array) for name, array in inputs.items()}
             sizes = dict(zip(arguments["output_names"], outputs, strict=True))
-            addresses, metadata = {}, []
+            addresses, metadata, behind = {}, [], {}
             for buffer in buffers:
                 name = re.search(r"(\w+) \[\[buffer", buffer)[1]
                 if name in before:
                     addresses[name] = memory.allocate(max(1, before[name].size))
                     host_bytes(addresses[name], before[name].size)[:] = before[name]
+                    if seed % 2 == 0 and inputs[name].dtype == mx.int32:
+                        behind[name] = stale(addresses[name] + before[name].size)
                 elif name in sizes:
                     shape, dtype = sizes[name]
                     addresses[name] = memory.allocate(int(np.prod(shape)) * dtype.size)
@@ -261,7 +264,11 @@ class ShimMetal:
                 address = loaded.emulated_fault_address()
                 near = memory.near(address) if address else ""
                 raise ShimError(f"{arguments['name']}: {loaded.emulated_message().decode()}{near}")
-            self.check_borders(arguments, memory, addresses, metadata)
+            for name, numbers in behind.items():
+                if (numbers != STALE).any():
+                    raise ShimError(f"{arguments['name']}: {name}: something wrote behind the end of an allocation")
+                numbers[:] = -1
+            self.check_borders(arguments, memory, addresses)
             written = [host_bytes(addresses[name], old.size).copy() for name, old in before.items()]
             for (name, old), new in zip(before.items(), written, strict=True):
                 if name not in writable(arguments["source"]) and not np.array_equal(old, new):
@@ -272,13 +279,23 @@ class ShimMetal:
             memory.close()
 
     @staticmethod
-    def check_borders(arguments, memory, addresses, metadata):
+    def check_borders(arguments, memory, addresses):
         for name, address in addresses.items():
             if address in memory.allocations:
                 try:
                     memory.check_borders(address)
                 except StepFailed as error:
                     raise ShimError(f"{arguments['name']}: {name}: {error}") from None
+
+
+def stale(address):
+    """What may lie behind a buffer on a device that hands freed memory out again: numbers that look like pages or lengths.
+
+    A view of what was written: as much as there is before the next page.
+    """
+    numbers = host_bytes(address, min(STALE_BYTES, -address % PAGE) & -4).view(np.int32)
+    numbers[:] = STALE
+    return numbers
 
 
 @functools.cache
