@@ -16,12 +16,11 @@ COMPARED = 4096              # bytes at each end
 
 
 class Mappings:
-    """The mapped files, each adopted by the device once. `kept` must live as long as the arrays."""
+    """The tensors that the device reads in their files. `kept` must live as long as the arrays."""
 
     def __init__(self, possible: bool) -> None:
         """possible: whether device memory is host memory, mx.metal.is_available()."""
         self.possible = possible
-        self.files: dict[int, mx.array | None] = {}
         self.kept: list[NDArray[np.uint8]] = []
         self.starts: set[int] = set()
 
@@ -30,40 +29,32 @@ class Mappings:
         return data.ctypes.data in self.starts
 
     def array(self, data: NDArray[np.uint8]) -> mx.array | None:
-        """The bytes of a tensor, flat uint8, without a copy; None if that cannot be had."""
+        """The bytes of a tensor, flat uint8, without a copy; None if that cannot be had.
+
+        The device adopts the pages that the tensor lies in and no others: what it adopts counts as its memory, and a whole
+        file would count tensors that are copied anyway.
+        """
         if not self.possible or not data.size:
             return None
         mapping = mapping_of(data)
         if mapping is None:
             return None
-        if id(mapping) not in self.files:
-            self.files[id(mapping)] = self.adopt(mapping)
-        whole = self.files[id(mapping)]
-        if whole is None:
-            return None
         start = data.ctypes.data - np.frombuffer(mapping, np.uint8, 1).ctypes.data
-        if start % ALIGNMENT or start + data.size > whole.size:
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = -(-(start + data.size) // mmap.PAGESIZE) * mmap.PAGESIZE
+        if start % ALIGNMENT or stop > len(mapping):             # the file's last page is not a whole one
             return None
-        part = whole[start : start + data.size]
-        mx.eval(part)
-        same = all(np.array_equal(np.array(part[at]), data[at]) for at in (slice(COMPARED), slice(-COMPARED, None)))
-        if not same:
-            return None
-        self.starts.add(data.ctypes.data)
-        return part
-
-    def adopt(self, mapping: mmap.mmap) -> mx.array | None:
-        """The whole pages of a file as one array."""
-        pages = np.frombuffer(mapping, np.uint8, len(mapping) // mmap.PAGESIZE * mmap.PAGESIZE)
-        if not pages.size:
-            return None
+        pages = np.frombuffer(mapping, np.uint8, stop - first, first)
         try:
-            whole = mx.asarray(pages, copy=False)
-            mx.eval(whole)
-        except (ValueError, TypeError, BufferError, RuntimeError):       # whichever says that it must be copied
+            part = mx.asarray(pages, copy=False)[start - first : start - first + data.size]
+            mx.eval(part)
+        except (ValueError, TypeError, BufferError, OverflowError, RuntimeError):    # whichever says that it must be copied
+            return None
+        if any(not np.array_equal(np.array(part[at]), data[at]) for at in (slice(COMPARED), slice(-COMPARED, None))):
             return None
         self.kept.append(pages)
-        return whole
+        self.starts.add(data.ctypes.data)
+        return part
 
 
 def mapping_of(data: NDArray[np.uint8]) -> mmap.mmap | None:
