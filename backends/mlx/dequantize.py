@@ -1,5 +1,4 @@
-"""Native GGUF blocks -> weights, as MLX operations on the device: Blocks in matrices.py uses it for rows of an embedding and
-for prompts, where reading the blocks once and multiplying densely beats one product per token.
+"""Native GGUF blocks -> weights, as MLX operations on the device: Blocks in matrices.py uses it for rows of an embedding.
 
 Exact in float32, as gguf.quants has it (tests/mlx/test_matrices.py). Block layouts: ggml's ggml-common.h.
 """
@@ -44,10 +43,36 @@ def q2_k(blocks: mx.array) -> mx.array:
     return (scaled(codes, scales) - minima[:, :, None]).reshape(-1, 256)
 
 
+def q3_k(blocks: mx.array) -> mx.array:
+    codes = fields(blocks[:, 32:96], 32, 2, 4) | (fields(blocks[:, :32], 32, 1, 8) << 2)
+    packed = fields(blocks[:, 96:104], 8, 4, 2) | (fields(blocks[:, 104:108], 4, 2, 4) << 4)         # 16 scales of 6 bits
+    scales = half(blocks, 108) * (packed.astype(mx.int8) - 32).astype(mx.float32)
+    return scaled(codes.astype(mx.int8) - 4, scales).reshape(-1, 256)
+
+
+def q4_k(blocks: mx.array) -> mx.array:
+    return with_minima(fields(blocks[:, 16:144], 32, 4, 2), blocks)
+
+
+def q5_k(blocks: mx.array) -> mx.array:
+    return with_minima(fields(blocks[:, 48:176], 32, 4, 2) | (fields(blocks[:, 16:48], 32, 1, 8) << 4), blocks)
+
+
+def with_minima(codes: mx.array, blocks: mx.array) -> mx.array:
+    """Q4_K and Q5_K begin with two float16 and 12 bytes: 8 scales and 8 minima of 6 bits, the last 4 of each in pieces."""
+    first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    packed = [mx.concatenate([low & 63, (high & 15) | ((low >> 6) << 4)], axis=1)
+              for low, high in ((first, third), (second, third >> 4))]  # fmt: skip
+    scales, minima = (half(blocks, 2 * at) * one.astype(mx.float32) for at, one in enumerate(packed))
+    return (codes.reshape(-1, 8, 32).astype(mx.float32) * scales[:, :, None] - minima[:, :, None]).reshape(-1, 256)
+
+
 def q6_k(blocks: mx.array) -> mx.array:
     codes = fields(blocks[:, :128], 64, 4, 2) | (fields(blocks[:, 128:192], 32, 2, 4) << 4)
     scales = half(blocks, 208) * blocks[:, 192:208].view(mx.int8).astype(mx.float32)
     return scaled(codes.astype(mx.int8) - 32, scales).reshape(-1, 256)
 
 
-DEQUANTIZERS: dict[str, Callable[[mx.array], mx.array]] = {"Q2_K": q2_k, "Q6_K": q6_k}
+DEQUANTIZERS: dict[str, Callable[[mx.array], mx.array]] = {
+    "Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k
+}  # fmt: skip

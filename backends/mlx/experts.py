@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from backends.mlx.matrices import Experts, Groups
+from backends.mlx.matrices import Experts, Groups, Product
 
-__all__ = ["AffineExperts", "DenseExperts", "ExpertStack", "Mxfp4Experts"]
+__all__ = ["AffineExperts", "BlockExperts", "DenseExperts", "ExpertStack", "Mxfp4Experts"]
 
 SORTED_CHOICES = 64          # from which on choices are sorted
 
@@ -66,6 +66,25 @@ class Mxfp4Experts(AffineExperts):
     """Experts in groups of 32 E2M1 numbers."""
 
     __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockExperts:
+    """Experts in the file's own blocks."""
+
+    blocks: mx.array                 # (E, N, bytes of a row) uint8
+    product: Product                 # it sorts choices itself
+
+    @property
+    def rows(self) -> int:
+        return self.blocks.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+    def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
+        return self.product.by_choice(x, self.blocks, chosen)
 
 
 @dataclass(frozen=True, slots=True)

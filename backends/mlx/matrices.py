@@ -4,7 +4,6 @@ Scales rest in the activations' type if that holds them exactly, else in float32
 (MLX would do so too, but it would hand the float32 on). A result always has the type of what came in.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +12,6 @@ import mlx.core as mx
 from backends.mlx.dequantize import dequantize_blocks
 
 __all__ = ["Affine", "Blocks", "Dense", "Experts", "Groups", "Matrix", "Mxfp4", "Product"]
-
-FEW_TOKENS = 8               # up to which a product reads native blocks; beyond it they are dequantized once
-SLAB_WEIGHTS = 1 << 26       # of native blocks, that are dequantized at a time
 
 
 class Matrix(Protocol):
@@ -151,20 +147,28 @@ class Mxfp4(Affine):
     __slots__ = ()
 
 
-Product = Callable[[mx.array, mx.array], mx.array]
-"""x (T <= 8, K), blocks (N, bytes of a row) -> (T, N), of x's type."""
+class Product(Protocol):
+    """Kernels that multiply with the file's own blocks, of one type."""
+
+    def __call__(self, x: mx.array, blocks: mx.array) -> mx.array:
+        """x (T, K), blocks (N, bytes of a row) -> (T, N), of x's type."""
+        ...
+
+    def by_choice(self, x: mx.array, blocks: mx.array, chosen: mx.array) -> mx.array:
+        """x (T, K) or (T, k, K), blocks (E, N, bytes of a row), chosen (T, k) int32 -> (T, k, N), of x's type."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A matrix in the file's own blocks, read by a kernel; for many tokens dequantized, slab of rows by slab."""
+    """A matrix in the file's own blocks: kernels multiply with them, rows are dequantized when they are looked up."""
 
     blocks: mx.array                 # (N, bytes of a row) uint8
     kind: str                        # a key of dequantize.DEQUANTIZERS
     block_bytes: int
     columns: int
     dtype: mx.Dtype
-    product: Product | None          # None where no kernel is at hand: then every product is dense
+    product: Product
 
     @property
     def rows(self) -> int:
@@ -175,14 +179,7 @@ class Blocks:
         return self.blocks.nbytes
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self.product is not None and x.shape[0] <= FEW_TOKENS:
-            return self.product(x, self.blocks)
-        slab = max(1, SLAB_WEIGHTS // self.columns)
-        parts = [mx.matmul(x, self.dense(self.blocks[at : at + slab], x.dtype).T) for at in range(0, self.rows, slab)]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+        return self.product(x, self.blocks)
 
     def gather(self, ids: mx.array) -> mx.array:
-        return self.dense(self.blocks[ids], self.dtype)
-
-    def dense(self, blocks: mx.array, dtype: mx.Dtype) -> mx.array:
-        return dequantize_blocks(self.kind, blocks, self.block_bytes).astype(dtype)
+        return dequantize_blocks(self.kind, self.blocks[ids], self.block_bytes).astype(self.dtype)

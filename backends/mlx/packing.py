@@ -1,6 +1,6 @@
 """Packer: RawTensors -> the Matrix or the Experts that they rest as. weights.py feeds it tensor after tensor.
 
-The rule: groups of MLX's own if they hold every weight exactly; the file's blocks if a kernel reads those; else floats.
+The rule: the file's blocks if a kernel reads those; groups of MLX's own if they hold every weight exactly; else floats.
 Scales and floats are of the activations' type where that holds them exactly (floats also where the user has asked for it, and
 what a quantized type becomes), else float32: the product is computed in float32 then. On Linux all is float32, and exact.
 """
@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.mlx.experts import AffineExperts, DenseExperts, Mxfp4Experts
+from backends.mlx.experts import AffineExperts, BlockExperts, DenseExperts, Mxfp4Experts
 from backends.mlx.mapping import Mappings
 from backends.mlx.matrices import Affine, Blocks, Dense, Experts, Groups, Matrix, Mxfp4, Product
 from backends.mlx.repack import REPACKS, Packed, check_bytes, packed_bytes, repack
@@ -49,11 +49,11 @@ class Packer:
         self.mappings = mappings or Mappings(possible=False)
         self.limit_bytes, self.nbytes = limit_bytes, 0
 
-    def resting(self, storage: StorageType, experts: bool = False) -> Resting:
+    def resting(self, storage: StorageType) -> Resting:
         """How a storage type rests."""
-        if storage.name in REPACKS or storage.mlx is not None:
-            return "groups"
-        return "blocks" if storage.name in self.native and not experts else "floats"
+        if storage.name in self.native:
+            return "blocks"
+        return "groups" if storage.name in REPACKS or storage.mlx is not None else "floats"
 
     def matrix(self, raws: Sequence[RawTensor], taken: Taken, *, gathered: bool = False) -> Matrix:
         """Tensors of one storage type and width under one another. gathered: rows of it will be looked up."""
@@ -63,7 +63,9 @@ class Packer:
                 groups = self.groups(raws, taken)
                 made: Matrix = (Affine if groups.biases is not None else Mxfp4)(groups, self.dtype)
             case "blocks":
-                made = self.blocks(raws, taken)
+                kind = raws[0].storage
+                blocks = self.blocks(raws, taken)
+                made = Blocks(blocks, kind.name, kind.bytes, raws[0].shape[-1], self.dtype, self.native[kind.name])
             case "floats":
                 turned = self.columns_first and not gathered
                 made = Dense(self.floats(raws, taken, turned), self.dtype, turned)
@@ -74,15 +76,19 @@ class Packer:
         """Tensors of one width, expert after expert, of equally many rows each; floats if their storage types differ."""
         self.admit(raws)
         kinds = {raw.storage for raw in raws}
-        if len(kinds) == 1 and self.resting(kinds.pop(), experts=True) == "groups":
-            groups = self.groups(raws, taken, count)
-            made: Experts = (AffineExperts if groups.biases is not None else Mxfp4Experts)(groups)
-        else:
-            weight = self.floats(raws, taken, turned=False)
-            if not mx.metal.is_available():
-                weight = weight.astype(mx.float32)               # MLX's CPU build gathers matrices in no other type
-                mx.eval(weight)
-            made = DenseExperts(weight.reshape(count, -1, weight.shape[-1]))
+        match self.resting(raws[0].storage) if len(kinds) == 1 else "floats":
+            case "groups":
+                groups = self.groups(raws, taken, count)
+                made: Experts = (AffineExperts if groups.biases is not None else Mxfp4Experts)(groups)
+            case "blocks":
+                blocks = self.blocks(raws, taken)
+                made = BlockExperts(blocks.reshape(count, -1, blocks.shape[-1]), self.native[raws[0].storage.name])
+            case "floats":
+                weight = self.floats(raws, taken, turned=False)
+                if not mx.metal.is_available():
+                    weight = weight.astype(mx.float32)           # MLX's CPU build gathers matrices in no other type
+                    mx.eval(weight)
+                made = DenseExperts(weight.reshape(count, -1, weight.shape[-1]))
         self.nbytes += made.nbytes
         return made
 
@@ -102,11 +108,12 @@ class Packer:
     def estimate(self, raw: RawTensor) -> int:
         """The most that a tensor takes here."""
         weights = raw.rows * raw.shape[-1]
-        if (plan := REPACKS.get(raw.storage.name)) is not None:
-            return packed_bytes(plan, weights)
-        if self.resting(raw.storage) != "floats":
-            return raw.data.nbytes + sum(2 * part.data.nbytes for part in raw.beside)
-        return weights * (4 if self.dtype == mx.float32 else 2)
+        match self.resting(raw.storage):
+            case "groups" if (plan := REPACKS.get(raw.storage.name)) is not None:
+                return packed_bytes(plan, weights)
+            case "floats":
+                return weights * (4 if self.dtype == mx.float32 else 2)
+        return raw.data.nbytes + sum(2 * part.data.nbytes for part in raw.beside)
 
     def groups(self, raws: Sequence[RawTensor], taken: Taken, experts: int | None = None) -> Groups:
         packed = mlx_packed(raws[0].storage.mlx, raws, taken) if raws[0].storage.mlx else repack(raws, taken)
@@ -125,16 +132,16 @@ class Packer:
         mx.eval(groups.arrays)
         return groups
 
-    def blocks(self, raws: Sequence[RawTensor], taken: Taken) -> Blocks:
-        first = raws[0]
-        kind, blocks = first.storage.name, self.mappings.array(first.data) if len(raws) == 1 else None
+    def blocks(self, raws: Sequence[RawTensor], taken: Taken) -> mx.array:
+        """(N, bytes of a row) uint8, in the file's mapping if one tensor makes the matrix."""
+        blocks = self.mappings.array(raws[0].data) if len(raws) == 1 else None
         if blocks is None:
-            blocks = mx.array(np.concatenate([raw.data for raw in raws]))
-        blocks = blocks.reshape(-1, first.row_bytes)
+            blocks = mx.array(bytes_of_rows(raws))
+        blocks = blocks.reshape(-1, raws[0].row_bytes)
         mx.eval(blocks)
         for raw in raws:
             taken(raw)
-        return Blocks(blocks, kind, first.storage.bytes, first.shape[-1], self.dtype, self.native[kind])
+        return blocks
 
     def floats(self, raws: Sequence[RawTensor], taken: Taken, turned: bool) -> mx.array:
         """(N, K), or turned (K, N), of the type that the rule gives."""
@@ -166,8 +173,8 @@ class Packer:
     def as_it_is(self, raws: Sequence[RawTensor], kind: mx.Dtype) -> mx.array:
         """Floats of 16 bits whose bytes need no change: in the file's mapping if one tensor makes the matrix."""
         mapped = self.mappings.array(raws[0].data) if len(raws) == 1 else None
-        flat = mapped if mapped is not None else mx.array(np.concatenate([raw.data for raw in raws]))
-        return flat.view(kind).reshape(-1, raws[0].shape[-1])
+        stored = mapped if mapped is not None else mx.array(bytes_of_rows(raws))
+        return stored.view(kind).reshape(-1, raws[0].shape[-1])
 
 
 def mlx_packed(layout: MlxLayout, raws: Sequence[RawTensor], taken: Taken) -> Packed:
@@ -185,6 +192,11 @@ def mlx_packed(layout: MlxLayout, raws: Sequence[RawTensor], taken: Taken) -> Pa
     for raw in raws:
         taken(raw)
     return packed
+
+
+def bytes_of_rows(raws: Sequence[RawTensor]) -> NDArray[np.uint8]:
+    """(N, bytes of a row): MLX has no axis of 2^31 bytes or more, experts together have."""
+    return np.concatenate([raw.data.reshape(raw.rows, raw.row_bytes) for raw in raws])
 
 
 def chunks(raws: Sequence[RawTensor]) -> Iterator[Floats]:

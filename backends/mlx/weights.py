@@ -14,11 +14,10 @@ from itertools import groupby
 import mlx.core as mx
 import numpy as np
 
-from backends.mlx.dequantize import DEQUANTIZERS
 from backends.mlx.experts import ExpertStack
 from backends.mlx.mapping import Mappings
 from backends.mlx.matrices import Experts, Matrix, Product
-from backends.mlx.metal_products import BLOCK_BYTES, ProductKernels
+from backends.mlx.metal_products import BLOCK_BYTES, BlockProduct, ProductKernels
 from backends.mlx.packing import Packer
 from backends.mlx.tree import DenseWeights, LayerWeights, MixtureWeights, ModelWeights, Stack
 from engine.backend import Progress
@@ -39,24 +38,26 @@ NOTED_GROWTH = 1.25          # times its bytes in the file, from which on a type
 
 
 def load_weights(
-    spec: ModelSpec, source: TensorSource, dtype: str, progress: Progress, products: ProductKernels | None = None
+    spec: ModelSpec, source: TensorSource, dtype: str, progress: Progress, products: ProductKernels | None = None, *,
+    ranks: int = 1,
 ) -> ModelWeights:
     """Every tensor of the checkpoint, on the device and evaluated.
 
-    products: the kernels that read native blocks, where there are any; else such types become floats.
+    products: the kernels that read native blocks, where there are any; else such types become groups or floats.
     dtype: of the activations, and of the weights that are floats; "auto" is float32 where there is no Metal, else the type
-    that most of the model's floats have. Raises BadModelFile, UnsupportedModel, ConfigError, OutOfDeviceMemory.
+    that most of the model's floats have. ranks: processes that share this machine's memory.
+    Raises BadModelFile, UnsupportedModel, ConfigError, OutOfDeviceMemory.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not known to the mlx backend: choose one of {', '.join(DTYPES)}")
-    metal, chosen = mx.metal.is_available(), DTYPES[dtype]
+    metal, chosen, limit = mx.metal.is_available(), DTYPES[dtype], memory_limit()
     packer = Packer(
         chosen if chosen is not None else own_dtype(spec, source) if metal else mx.float32,
         forced=chosen is not None,
         columns_first=not metal,
         native={} if products is None else native_products(products),
         mappings=Mappings(possible=metal),
-        limit_bytes=memory_limit(),
+        limit_bytes=None if limit is None else limit // ranks,
     )
     try:
         return Loader(spec, source, packer, progress).load()
@@ -79,12 +80,8 @@ def own_dtype(spec: ModelSpec, source: TensorSource) -> mx.Dtype:
 
 
 def native_products(kernels: ProductKernels) -> Mapping[str, Product]:
-    """The storage types that the Metal kernels read in their own blocks; what repacks exactly is not among them."""
-
-    def product(kind: str) -> Product:
-        return lambda x, blocks: kernels.block_matvec(x, blocks, kind)
-
-    return {kind: product(kind) for kind in DEQUANTIZERS if kind in BLOCK_BYTES}
+    """The storage types that the Metal kernels read in their own blocks, which are fewer bytes than MLX's groups."""
+    return {kind: BlockProduct(kernels, kind) for kind in BLOCK_BYTES}
 
 
 def memory_limit() -> int | None:

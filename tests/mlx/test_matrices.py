@@ -9,9 +9,8 @@ import mlx.core as mx
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
-from backends.mlx import matrices
 from backends.mlx.dequantize import DEQUANTIZERS, dequantize_blocks
-from backends.mlx.experts import SORTED_CHOICES, AffineExperts, DenseExperts, ExpertStack, Mxfp4Experts
+from backends.mlx.experts import SORTED_CHOICES, AffineExperts, BlockExperts, DenseExperts, ExpertStack, Mxfp4Experts
 from backends.mlx.matrices import Affine, Blocks, Dense, Groups, Mxfp4
 from backends.mlx.packing import Packer
 from backends.mlx.repack import REPACKS
@@ -103,18 +102,23 @@ class RecordingProduct:
         self.tokens.append(x.shape[0])
         return x @ dequantize_blocks(self.kind, blocks, STORAGE[self.kind].bytes).astype(x.dtype).T
 
+    def by_choice(self, x, blocks, chosen):
+        each = x[:, None] if x.ndim == 2 else x
+        self.tokens.append(x.shape[0])
+        weights = dequantize_blocks(self.kind, blocks, STORAGE[self.kind].bytes)[chosen]                 # (T, k, N, K)
+        return (weights @ each[..., None]).squeeze(-1)
+
 
 @pytest.mark.parametrize("kind", DEQUANTIZERS)
-def test_native_blocks_go_to_the_kernel_for_few_tokens_and_are_dequantized_for_many(kind, monkeypatch):
+def test_types_that_kernels_read_rest_in_their_blocks(kind):
     raw, kernel = random_tensor(kind, ROWS, COLUMNS), RecordingProduct(kind)
     matrix = Packer(mx.float32, native={kind: kernel}).matrix([raw], ignore)
     assert isinstance(matrix, Blocks)
     assert (matrix.rows, matrix.columns, matrix.nbytes) == (ROWS, COLUMNS, raw.data.nbytes)
-    monkeypatch.setattr(matrices, "SLAB_WEIGHTS", 8 * COLUMNS)
     for tokens in (1, 8, 9, 40):
         x = inputs(tokens)
         close(matrix(mx.array(x)), exact_product(x, weights_of(raw)))
-    assert kernel.tokens == [1, 8]
+    assert kernel.tokens == [1, 8, 9, 40]
     np.testing.assert_array_equal(np.array(matrix.gather(mx.array([34, 2]))), weights_of(raw)[[34, 2]])
 
 
@@ -135,7 +139,7 @@ def experts_meant(x, chosen, weights):
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize(("kind", "made"), [
-    ("Q4_K", AffineExperts), ("Q8_0", AffineExperts), ("MXFP4", Mxfp4Experts), ("BF16", DenseExperts), ("Q6_K", DenseExperts),
+    ("Q4_K", AffineExperts), ("Q8_0", AffineExperts), ("MXFP4", Mxfp4Experts), ("BF16", DenseExperts), ("Q6_K", BlockExperts),
 ])  # fmt: skip
 def test_each_choice_meets_its_own_expert(kind, made, tokens):
     raws = expert_tensors(kind, 6, 20, 256)

@@ -1,64 +1,110 @@
-// Eight weights of a GGUF block of 256, for one lane of the simdgroup that has the block.
+// GGUF blocks of 256 weights, read eight neighbouring weights at a time: what all products with native blocks stand on.
 //
-// Q2_K, Q3_K and Q6_K order their weights alike: 128 half + 32 quarter + i, and 16 in a row share a scale. Lane 16 half + i / 2
-// takes weights i and i + 1 of its half's four quarters, so the lanes read neighbouring pairs of bytes and nothing twice.
-// Blocks begin at even addresses, no better, so 16 bits are read at once. Formats: ggml's block_q2_K, block_q3_K, block_q6_K.
+// A block is two parts of 128 weights, a part four rounds of 32; i is 0, 8, 16 or 24 of a round. So eight lanes, each with a
+// part and an i, read every byte of codes once in four rounds. A weight is step * code - below; codes come as bytes.
+// Blocks begin at multiples of 16 (Q4_K, Q5_K), of 4 (Q2_K) and of 2 (Q3_K, Q6_K). Formats: ggml's block_q2_K .. block_q6_K.
+#define UNROLLED _Pragma("clang loop unroll(full)")      // loops over arrays that must stay in registers
+
 namespace rillet {
 
 template <int KIND> struct Block;
 
-inline uint pair_at(const device uint8_t* from) { return *reinterpret_cast<const device ushort*>(from); }
 inline float half_at(const device uint8_t* from) { return float(*reinterpret_cast<const device half*>(from)); }
+inline uint pair_at(const device uint8_t* from) { return *reinterpret_cast<const device ushort*>(from); }
+
+// Eight bytes at a multiple of ALIGNED, in the widest loads that it allows.
+template <int ALIGNED> inline uint2 eight_at(const device uint8_t* from) {
+    if (ALIGNED == 8) return *reinterpret_cast<const device uint2*>(from);
+    uint2 all;
+    if (ALIGNED == 4) {
+        all.x = *reinterpret_cast<const device uint*>(from);
+        all.y = *reinterpret_cast<const device uint*>(from + 4);
+    } else {
+        all.x = pair_at(from) | pair_at(from + 2) << 16;
+        all.y = pair_at(from + 4) | pair_at(from + 6) << 16;
+    }
+    return all;
+}
 
 // 84 bytes: 16 of scale and minimum (4 bits each), 64 of weights (2 bits), scale of scales, scale of minima.
 template <> struct Block<2> {
     static constant constexpr int BYTES = 84;
-    static void decode(const device uint8_t* block, int part, int i, thread float* weights) {
-        const float scale = half_at(block + 80), minimum = half_at(block + 82);
-        const uint codes = pair_at(block + 16 + 32 * part + i);
-        for (int quarter = 0; quarter < 4; quarter++) {
-            const uint both = block[8 * part + 2 * quarter + i / 16];
-            const float step = scale * float(both & 15), below = minimum * float(both >> 4);
-            const uint code = codes >> 2 * quarter;
-            weights[2 * quarter] = step * float(code & 3) - below;
-            weights[2 * quarter + 1] = step * float(code >> 8 & 3) - below;
-        }
+    static uint2 codes(const device uint8_t* block, int part, int round, int i) {
+        return eight_at<4>(block + 16 + 32 * part + i) >> uint(2 * round) & 0x03030303u;
+    }
+    static void scale(const device uint8_t* block, int part, int round, int i, thread float& step, thread float& below) {
+        const uint both = block[8 * part + 2 * round + i / 16];
+        step = half_at(block + 80) * float(both & 15);
+        below = half_at(block + 82) * float(both >> 4);
     }
 };
 
 // 110 bytes: 32 of high bits (0 means minus 4), 64 of weights (2 bits), 12 of scales (6 bits, minus 32), scale of scales.
 template <> struct Block<3> {
     static constant constexpr int BYTES = 110;
-    static void decode(const device uint8_t* block, int part, int i, thread float* weights) {
-        const float scale = half_at(block + 108);
-        const uint codes = pair_at(block + 32 + 32 * part + i), high = pair_at(block + i) >> 4 * part;
-        for (int quarter = 0; quarter < 4; quarter++) {
-            const int number = 8 * part + 2 * quarter + i / 16;
-            const uint low4 = block[96 + number % 8] >> (number / 8 * 4) & 15;
-            const uint high2 = block[104 + number % 4] >> (number / 4 * 2) & 3;
-            const float step = scale * float(int(low4 | high2 << 4) - 32);
-            const uint code = codes >> 2 * quarter, bit = high >> quarter;
-            weights[2 * quarter] = step * float(int((code & 3) | (bit & 1) << 2) - 4);
-            weights[2 * quarter + 1] = step * float(int((code >> 8 & 3) | (bit >> 8 & 1) << 2) - 4);
-        }
+    static uint2 codes(const device uint8_t* block, int part, int round, int i) {
+        const uint2 low = eight_at<2>(block + 32 + 32 * part + i) >> uint(2 * round) & 0x03030303u;
+        return low | (eight_at<2>(block + i) >> uint(4 * part + round) & 0x01010101u) << 2u;
+    }
+    static void scale(const device uint8_t* block, int part, int round, int i, thread float& step, thread float& below) {
+        const int number = 8 * part + 2 * round + i / 16;
+        const uint low4 = block[96 + number % 8] >> (number / 8 * 4) & 15;
+        const uint high2 = block[104 + number % 4] >> (number / 4 * 2) & 3;
+        step = half_at(block + 108) * float(int(low4 | high2 << 4) - 32);
+        below = 4.0f * step;
+    }
+};
+
+// The 8 scales and 8 minima of Q4_K and Q5_K: 6 bits each in 12 bytes, behind the block's own two. The last four have their
+// low 4 bits in the third word, their high 2 in the first and the second one.
+struct Pairs {
+    static void scale(const device uint8_t* block, int part, int round, thread float& step, thread float& below) {
+        const device uint* words = reinterpret_cast<const device uint*>(block);
+        const uint first = words[1], second = words[2], third = words[3];
+        const uint scales = part == 0 ? first & 0x3F3F3F3Fu : (third & 0x0F0F0F0Fu) | (first >> 2 & 0x30303030u);
+        const uint minima = part == 0 ? second & 0x3F3F3F3Fu : (third >> 4 & 0x0F0F0F0Fu) | (second >> 2 & 0x30303030u);
+        step = half_at(block) * float(scales >> 8 * round & 255);
+        below = half_at(block + 2) * float(minima >> 8 * round & 255);
+    }
+};
+
+// 144 bytes: scale of scales, scale of minima, 12 of scales and minima, 128 of weights (4 bits).
+template <> struct Block<4> {
+    static constant constexpr int BYTES = 144;
+    static uint2 codes(const device uint8_t* block, int part, int round, int i) {
+        return eight_at<8>(block + 16 + 64 * part + round / 2 * 32 + i) >> uint(round % 2 * 4) & 0x0F0F0F0Fu;
+    }
+    static void scale(const device uint8_t* block, int part, int round, int, thread float& step, thread float& below) {
+        Pairs::scale(block, part, round, step, below);
+    }
+};
+
+// 176 bytes: as Q4_K, with 32 of high bits before the weights.
+template <> struct Block<5> {
+    static constant constexpr int BYTES = 176;
+    static uint2 codes(const device uint8_t* block, int part, int round, int i) {
+        const uint2 low = eight_at<8>(block + 48 + 64 * part + round / 2 * 32 + i) >> uint(round % 2 * 4) & 0x0F0F0F0Fu;
+        return low | (eight_at<8>(block + 16 + i) >> uint(4 * part + round) & 0x01010101u) << 4u;
+    }
+    static void scale(const device uint8_t* block, int part, int round, int, thread float& step, thread float& below) {
+        Pairs::scale(block, part, round, step, below);
     }
 };
 
 // 210 bytes: 128 of low 4 bits, 64 of high 2 bits, 16 of scales (int8), scale of scales. Weights are minus 32.
 template <> struct Block<6> {
     static constant constexpr int BYTES = 210;
-    static void decode(const device uint8_t* block, int part, int i, thread float* weights) {
-        const float scale = half_at(block + 208);
-        const uint even = pair_at(block + 64 * part + i), odd = pair_at(block + 64 * part + 32 + i);
-        const uint highs = pair_at(block + 128 + 32 * part + i);
-        for (int quarter = 0; quarter < 4; quarter++) {
-            const uint byte = block[192 + 8 * part + 2 * quarter + i / 16];
-            const float step = scale * float(int(byte << 24) >> 24);
-            const uint low = (quarter % 2 == 0 ? even : odd) >> (quarter / 2 * 4), high = highs >> 2 * quarter;
-            weights[2 * quarter] = step * float(int((low & 15) | (high & 3) << 4) - 32);
-            weights[2 * quarter + 1] = step * float(int((low >> 8 & 15) | (high >> 8 & 3) << 4) - 32);
-        }
+    static uint2 codes(const device uint8_t* block, int part, int round, int i) {
+        const uint2 low = eight_at<2>(block + 64 * part + round % 2 * 32 + i) >> uint(round / 2 * 4) & 0x0F0F0F0Fu;
+        return low | (eight_at<2>(block + 128 + 32 * part + i) >> uint(2 * round) & 0x03030303u) << 4u;
+    }
+    static void scale(const device uint8_t* block, int part, int round, int i, thread float& step, thread float& below) {
+        const uint byte = block[192 + 8 * part + 2 * round + i / 16];
+        step = half_at(block + 208) * float(int(byte << 24) >> 24);
+        below = 32.0f * step;
     }
 };
+
+inline float code_at(uint2 codes, int j) { return float((j < 4 ? codes.x : codes.y) >> j % 4 * 8 & 255); }
 
 }  // namespace rillet

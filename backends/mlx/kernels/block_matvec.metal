@@ -1,41 +1,65 @@
 #include "block_decode.metal"
-// out = x blocksᵀ for M tokens, M <= 8, from GGUF blocks as the file has them; sums are float.
+// out = x blocksᵀ for M tokens, M <= 8, from GGUF blocks as the file has them; or for each choice of an expert. Sums are float.
 //
-// Bytes read for each output row, whatever M is: K / 256 blocks of 84 (Q2_K), 110 (Q3_K) or 210 (Q6_K), once. A lane decodes
-// 8 weights of ROWS rows, then uses every 8 numbers of x it reads ROWS times: x (from cache) would else outweigh the blocks.
-// Launch: a threadgroup has ROWS rows, so that rows / ROWS groups fill the GPU; its PARTS simdgroups take turns at the
-// blocks of these rows, so that they read one contiguous stretch and a long K is not one simdgroup's wait.
-// T: numbers of x and out. x (M, K); blocks (rows, K / 256 * BYTES); out (M, rows).
-constexpr int BYTES = rillet::Block<KIND>::BYTES;
-threadgroup float sums[PARTS * ROWS * M];
-const int lane = thread_index_in_simdgroup, part = simdgroup_index_in_threadgroup;
-const int rows = blocks_shape[0], count = blocks_shape[1] / BYTES, first = threadgroup_position_in_grid.x * ROWS;
-const int side = lane / 16, i = lane % 16 * 2;
+// Bytes read for each output row, whatever M is: K / 256 blocks, once. A simdgroup reads four blocks of each of its ROWS rows
+// at a time, eight lanes to a block, 32 weights to a lane; eight numbers of x and their sum, which the minima are multiplied
+// with, serve ROWS rows. Launch: 4 simdgroups, of which PARTS share the blocks of a row and 4 / PARTS have rows of their own.
+// T: numbers of x and out. KIND: the digit of Q2_K .. Q6_K.
+// SHARED = 0: x (M, K); blocks (N, K / 256 * BYTES); out (M, N); chosen is not read.
+// SHARED > 0, M = 1: chosen (choices), blocks (E, N, K / 256 * BYTES), out (choices, N), choice c reads row c / SHARED of x.
+constexpr int BYTES = rillet::Block<KIND>::BYTES, SETS = 4 / PARTS;
+threadgroup float sums[4 * ROWS * M];
+const int simdgroup = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
+const int axis = SHARED == 0 ? 0 : 1, rows = blocks_shape[axis], count = blocks_shape[axis + 1] / BYTES;
+const int set = simdgroup / PARTS, first = (int(threadgroup_position_in_grid.x) * SETS + set) * ROWS;
+const int part = lane / 4 % 2, i = lane % 4 * 8, choice = threadgroup_position_in_grid.y;
+size_t expert = 0, input = 0;
+if (SHARED > 0) {
+    expert = chosen[choice];
+    input = choice / max(1, SHARED);
+}
 float sum[ROWS * M];
+UNROLLED
 for (int at = 0; at < ROWS * M; at++) sum[at] = 0.0f;
-for (int number = part; number < count; number += PARTS) {
-    float weights[ROWS * 8];
-    for (int row = 0; row < ROWS; row++) {
-        const size_t place = size_t(min(first + row, rows - 1)) * count + number;    // the last group may read a row again
-        rillet::Block<KIND>::decode(blocks + place * BYTES, side, i, weights + 8 * row);
-    }
-    for (int token = 0; token < M; token++) {
-        const device T* from = x + (size_t(token) * count + number) * 256 + 128 * side + i;
-        for (int quarter = 0; quarter < 4; quarter++) {
-            const float one = float(from[32 * quarter]), two = float(from[32 * quarter + 1]);
-            for (int row = 0; row < ROWS; row++)
-                sum[row * M + token] += one * weights[8 * row + 2 * quarter] + two * weights[8 * row + 2 * quarter + 1];
+for (int number = simdgroup % PARTS * 4 + lane / 8; number < count; number += 4 * PARTS) {
+    UNROLLED
+    for (int round = 0; round < 4; round++) {
+        float codes[ROWS * 8], steps[ROWS], below[ROWS];
+        UNROLLED
+        for (int row = 0; row < ROWS; row++) {
+            const size_t line = expert * rows + min(first + row, rows - 1);      // the last group may read a row again
+            const device uint8_t* block = blocks + (line * count + number) * BYTES;
+            const uint2 eight = rillet::Block<KIND>::codes(block, part, round, i);
+            rillet::Block<KIND>::scale(block, part, round, i, steps[row], below[row]);
+            UNROLLED
+            for (int j = 0; j < 8; j++) codes[row * 8 + j] = rillet::code_at(eight, j);
+        }
+        UNROLLED
+        for (int token = 0; token < M; token++) {
+            const device T* from = x + ((input + token) * count + number) * 256 + 128 * part + 32 * round + i;
+            const float4 low = rillet::load4(from), high = rillet::load4(from + 4);
+            const float total = low[0] + low[1] + low[2] + low[3] + high[0] + high[1] + high[2] + high[3];
+            UNROLLED
+            for (int row = 0; row < ROWS; row++) {
+                float product = 0.0f;
+                UNROLLED
+                for (int j = 0; j < 4; j++) product += low[j] * codes[row * 8 + j] + high[j] * codes[row * 8 + 4 + j];
+                sum[row * M + token] += steps[row] * product - below[row] * total;
+            }
         }
     }
 }
+UNROLLED
 for (int at = 0; at < ROWS * M; at++) {
     const float all = simd_sum(sum[at]);
-    if (lane == 0) sums[part * ROWS * M + at] = all;
+    if (lane == 0) sums[simdgroup * ROWS * M + at] = all;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
-for (int at = thread_index_in_threadgroup; at < ROWS * M; at += 32 * PARTS) {
+for (int at = thread_index_in_threadgroup; at < SETS * ROWS * M; at += 128) {
+    const int mine = at / (ROWS * M), place = at % (ROWS * M);
     float total = 0.0f;
-    for (int other = 0; other < PARTS; other++) total += sums[other * ROWS * M + at];
-    const int row = first + at / M;
-    if (row < rows) out[size_t(at % M) * rows + row] = T(total);
+    for (int other = 0; other < PARTS; other++) total += sums[(mine * PARTS + other) * ROWS * M + place];
+    const int row = (int(threadgroup_position_in_grid.x) * SETS + mine) * ROWS + place / M;
+    const int line = SHARED == 0 ? place % M : choice;
+    if (row < rows) out[size_t(line) * rows + row] = T(total);
 }
