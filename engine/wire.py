@@ -147,7 +147,7 @@ class Listener:
         self._secret = secret
         self._most_bytes = most_bytes
         self._greetings: deque[Connection] = deque()     # oldest first
-        self._lock = threading.Lock()                    # of _greetings
+        self._lock = threading.Lock()                    # of _greetings, and of what is accepted while this closes
         self._accepted: SimpleQueue[Connection] = SimpleQueue()
         self._closed = threading.Event()
         self._socket = socket.create_server((HOST, 0), backlog=MOST_GREETINGS)
@@ -165,7 +165,8 @@ class Listener:
 
     def close(self) -> None:
         """Take no more connections, and end those that nobody accepted; idempotent."""
-        self._closed.set()
+        with self._lock:                                 # whoever is greeted from here on is closed by its greeting
+            self._closed.set()
         self._thread.join()
         while not self._accepted.empty():
             self._accepted.get().close()
@@ -195,25 +196,27 @@ class Listener:
             connection._read(memoryview(shown), monotonic() + GREETING_S)
             if hmac.compare_digest(bytes(shown), MAGIC + self._secret[:HALF]):
                 connection._write(memoryview(self._secret[HALF:]), monotonic() + GREETING_S)
-                if self._leave(connection):
-                    self._accepted.put(connection)
+                self._take(connection)
             else:
                 log.warning("somebody without the secret connected to port %d and was turned away", self.port)
                 connection.close()
         except WireError:
             connection.close()
         finally:
-            self._leave(connection)
-        if self._closed.is_set():
-            connection.close()
+            with self._lock:
+                if connection in self._greetings:
+                    self._greetings.remove(connection)
 
-    def _leave(self, connection: Connection) -> bool:
-        """Its greeting is over; False if it was already, because it made room."""
+    def _take(self, connection: Connection) -> None:
+        """It has shown the secret: hand it to accept(), unless this is closed or the connection had to make room."""
         with self._lock:
             if connection not in self._greetings:
-                return False
+                return
             self._greetings.remove(connection)
-            return True
+            if not self._closed.is_set():
+                self._accepted.put(connection)
+                return
+        connection.close()
 
 
 def connect(port: int, secret: bytes, *, most_bytes: int = MOST_BYTES, timeout_s: float = GREETING_S) -> Connection:

@@ -19,18 +19,19 @@ MOST_UNASKED_BYTES = 1 << 30     # of pages without Metal: MLX writes a whole po
 MEMINFO = Path("/proc/meminfo")
 
 
-def available_bytes(spec: ModelSpec, tokens: int) -> int:
-    """What weights have left for pages, and for other models, after what a step of so many tokens takes."""
-    limit = memory_limit() or 4 << 30
+def available_bytes(spec: ModelSpec, tokens: int, ranks: int = 1) -> int:
+    """What weights have left for pages, and for other models, after what a step of so many tokens takes; for
+    one of so many ranks, which share a machine."""
+    limit = (memory_limit() or 4 << 30) // ranks
     if mx.metal.is_available():
         return max(0, limit - mx.get_active_memory() - scratch_bytes(spec, tokens))
-    free = limit // 2
+    free = limit * ranks // 2
     if MEMINFO.exists():
         lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines() if ":" in line)
         free = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else free
     elif "SC_AVPHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(0, free - scratch_bytes(spec, tokens))
+    return max(0, free // ranks - scratch_bytes(spec, tokens))
 
 
 def scratch_bytes(spec: ModelSpec, tokens: int) -> int:
@@ -44,9 +45,9 @@ def scratch_bytes(spec: ModelSpec, tokens: int) -> int:
     return 4 * (6 * prod((min(HEAD_ROWS, tokens), spec.vocabulary_size)) + 2 * tokens * widest)
 
 
-def set_limits(spec: ModelSpec, tokens: int) -> None:
+def set_limits(spec: ModelSpec, tokens: int, ranks: int = 1) -> None:
     """On Metal: freed arrays that MLX keeps stay below one step's, and what is resident stays in memory."""
     if mx.metal.is_available() and (limit := memory_limit()) is not None:
         mx.set_cache_limit(scratch_bytes(spec, tokens))
-        mx.set_memory_limit(limit)
-        mx.set_wired_limit(limit)
+        mx.set_memory_limit(limit // ranks)
+        mx.set_wired_limit(limit // ranks)

@@ -7,6 +7,7 @@ Everything here is lazy: nothing is computed before session.py asks for the resu
 import mlx.core as mx
 
 from backends.mlx.cache import StepPages
+from backends.mlx.collective import ALONE, Collective
 from backends.mlx.ops import Ops, choose_experts, gated
 from backends.mlx.tree import DenseWeights, LayerWeights, MixtureWeights, ModelWeights
 from engine.model.spec import Activation, Dense, Layer, Mixture, ModelSpec
@@ -17,8 +18,8 @@ __all__ = ["Model"]
 class Model:
     """A loaded model: tokens and their pages -> states; states -> logits."""
 
-    def __init__(self, spec: ModelSpec, weights: ModelWeights, ops: Ops) -> None:
-        self.spec, self.weights, self.ops = spec, weights, ops
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, ops: Ops, collective: Collective = ALONE) -> None:
+        self.spec, self.weights, self.ops, self.collective = spec, weights, ops, collective
         norms = [layer.attention_norm for layer in weights.layers]
         self.next_norms = [*norms[1:], weights.norm]             # a layer's result is normed by who reads it
 
@@ -27,9 +28,9 @@ class Model:
         x = self.weights.embedding.gather(tokens)                                                 # (T, D)
         normed = self.ops.rms_norm(x, self.weights.layers[0].attention_norm)
         for number, (layer, w) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
-            mixed = self.mix(number, layer, w, normed, pages)
+            mixed = self.collective.total(self.mix(number, layer, w, normed, pages))
             x, normed = self.join(x, mixed, w.attention_post_norm, w.feed_norm)
-            fed = self.feed(layer, w, normed)
+            fed = self.collective.total(self.feed(layer, w, normed))
             x, normed = self.join(x, fed, w.feed_post_norm, self.next_norms[number])
         return normed
 

@@ -4,6 +4,7 @@ The core calls it through engine.backend.Backend, from one thread, which owns ev
 cost nothing, and creating a backend must touch no stream: MLX's belong to the thread that uses them first.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from engine.step import StepInput, StepOutput
 from engine.weights.tensors import TensorSource
 
 if TYPE_CHECKING:
+    from backends.mlx.collective import Collective
     from backends.mlx.session import Session
 
 __all__ = ["MlxBackend"]
@@ -23,6 +25,9 @@ __all__ = ["MlxBackend"]
 PAGE_TOKENS = 32
 MAX_BATCH_TOKENS, MAX_BATCH_TOKENS_WITHOUT_METAL = 1024, 64      # a second of a small model: what a cancelled prompt may cost
 MAX_PLACES = 1024
+# MLX ends a command buffer after arrays of so many megabytes, and counts each pool of pages whole whenever a kernel has it:
+# at its default of 40 every attention would begin a buffer of its own. It is read once, before the first stream is made.
+BUFFER_MEGABYTES = 1000
 MAX_NUM_SEQS = 32
 SUPPORTS = frozenset({"logprobs", "hidden", "grammar", "penalties", "bias", "sliding_window", "soft_cap", "copies"})
 
@@ -30,15 +35,25 @@ SUPPORTS = frozenset({"logprobs", "hidden", "grammar", "penalties", "bias", "sli
 class MlxBackend:
     """engine.backend.Backend on MLX."""
 
-    def __init__(self, *, make_kernel: Any = None, max_batch_tokens: int | None = None) -> None:
-        """make_kernel: stands for mx.fast.metal_kernel in tests. Raises DeviceUnavailable where MLX is not installed."""
+    def __init__(
+        self, *, make_kernel: Any = None, max_batch_tokens: int | None = None, collective: "Collective | None" = None
+    ) -> None:
+        """make_kernel: stands for mx.fast.metal_kernel in tests. collective: the other ranks, if this is one of several.
+
+        Raises DeviceUnavailable where MLX is not installed.
+        """
+        if sys.platform == "darwin":
+            os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", str(BUFFER_MEGABYTES))
         try:
             import mlx.core as mx
         except ImportError as error:
             package = "mlx" if sys.platform == "darwin" else '"mlx[cpu]"'
             raise DeviceUnavailable(f"the mlx backend needs MLX, which is not there: pip install {package}") from error
         self.metal = metal = mx.metal.is_available()
+        if metal and not mx.device_count(mx.gpu):                # a Mac's MLX says yes where a virtual machine has no device
+            raise DeviceUnavailable("no Metal device answers on this Mac: take --backend cpu")
         self.make_kernel = make_kernel
+        self.collective = collective
         self.info = BackendInfo(
             name="mlx",
             device="Metal" if metal else "cpu (MLX without Metal)",
@@ -59,19 +74,21 @@ class MlxBackend:
             raise UnsupportedModel(f"the mlx backend is one device, not {options.device_ids}: leave --d out")
         if options.fp8_kvcache and "fp8_kvcache" not in self.info.supports:
             raise UnsupportedModel("the mlx backend has an fp8 KV cache on Metal only: leave --fp8-kvcache out")
+        from backends.mlx.collective import ALONE
         from backends.mlx.session import Session
 
         self.options = options
         with named_errors("loading"):
             self.session = Session(
-                spec, tensors, options, progress, most_tokens=self.info.max_batch_tokens, make_kernel=self.make_kernel
-            )
+                spec, tensors, options, progress, most_tokens=self.info.max_batch_tokens, make_kernel=self.make_kernel,
+                collective=self.collective or ALONE,
+            )  # fmt: skip
 
     def allocate_cache(self, budget_bytes: int | None) -> int:
         from backends.mlx.memory import MOST_UNASKED_BYTES, available_bytes
 
         session = self._session()
-        free = available_bytes(session.spec, session.most_tokens)
+        free = available_bytes(session.spec, session.most_tokens, session.collective.ranks)
         if budget_bytes is None:
             most = session.useful_pages(self.options.max_num_seqs or MAX_NUM_SEQS, self.options.context_length)
             budget = int(free * self.options.kv_fraction)

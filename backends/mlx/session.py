@@ -4,12 +4,13 @@ A step is a lazy graph: references resolved, pages copied, layers, logits of the
 when it is waited for. What a step drew stays on the device for the references of the next one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from backends.mlx.cache import Cache, page_bytes
+from backends.mlx.collective import ALONE, Collective
 from backends.mlx.memory import scratch_bytes, set_limits
 from backends.mlx.metal import MetalKernels
 from backends.mlx.metal_cache import can_use, make_cache
@@ -50,20 +51,21 @@ class Session:
 
     def __init__(
         self, spec: ModelSpec, tensors: TensorSource, options: LoadOptions, progress: Progress, *, most_tokens: int,
-        make_kernel: MakeKernel | None,
+        make_kernel: MakeKernel | None, collective: Collective = ALONE,
     ) -> None:  # fmt: skip
-        """make_kernel: stands for mx.fast.metal_kernel in tests."""
+        """spec: of this rank's part, where collective has others. make_kernel: stands for mx.fast.metal_kernel in tests."""
         self.spec, self.fp8, self.most_tokens = spec, options.fp8_kvcache, most_tokens
-        set_limits(spec, most_tokens)
+        self.collective = collective
+        set_limits(spec, most_tokens, collective.ranks)
         metal = make_kernel is not None or mx.metal.is_available()
         products = ProductKernels(make_kernel) if metal else None
-        self.weights = load_weights(spec, tensors, options.dtype, progress, products)
+        self.weights = load_weights(spec, tensors, options.dtype, progress, products, ranks=collective.ranks)
         progress("checking the device", 0, 1)
         norms = NormKernels(make_kernel) if metal and spec.hidden_size >= 8 else None
         kernels = MetalKernels(make_kernel) if norms is not None else None
         self.kernels = kernels if kernels is not None and can_use(kernels, spec) else None
         self.ops = Ops(spec.norm_epsilon, norms)
-        self.model = Model(spec, self.weights, self.ops)
+        self.model = Model(spec, self.weights, self.ops, collective)
         self.cache: Cache | None = None
         self.newest = mx.zeros(0, mx.int32)
         self.number = 0
@@ -100,9 +102,16 @@ class Session:
         def logits(at: IntArray) -> mx.array:
             return self.model.logits(states[mx.array(at)])
 
-        drawn = draw(step, self.newest, logits)
+        if self.collective.rank == 0:
+            drawn = draw(step, self.newest, logits)
+        else:
+            drawn = Drawn(mx.zeros(step.place_count, mx.int32), None, step.top_count)
+        drawn = replace(drawn, tokens=self.collective.tokens_of_first(drawn.tokens, states))
         hidden = states[mx.array(step.hidden_at)].astype(mx.float32) if len(step.hidden_at) else None
-        mx.async_eval(*drawn.arrays, *([] if hidden is None else [hidden]), *pages.written)  # type: ignore[no-untyped-call]
+        wanted = [*drawn.arrays, *([] if hidden is None else [hidden]), *pages.written]
+        if self.collective.ranks > 1:
+            wanted.insert(0, states)                             # so that all ranks evaluate the same sums
+        mx.async_eval(*wanted)  # type: ignore[no-untyped-call]
         self.newest = drawn.tokens
         return MlxTicket(self.number, drawn, hidden)
 
