@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 
 from engine.api import Engine
-from engine.errors import InvalidRequest
+from engine.errors import ContextTooLong, InvalidRequest
 from engine.sampling import SamplingParams
 from engine.sequence import FinishReason
 from engine.stream import Stream
@@ -139,12 +139,16 @@ class Conversation:
         text = json.dumps({"model": self.engine.model_name, "messages": messages}, ensure_ascii=False, indent=1)
         path.write_text(text + "\n", "utf-8")
 
-    def load(self, path: Path) -> None:
-        """Take the messages of a saved conversation. Raises InvalidRequest, OSError."""
+    async def load(self, path: Path) -> None:
+        """Take the messages of a saved conversation, even of more than the context holds. Raises InvalidRequest, OSError."""
         messages = read_messages(path)
         self.reset()
         self.system = messages.pop(0).content if messages and messages[0].role == "system" else None
         self.turns = messages
+        try:
+            self.used_tokens = len(await self.engine.tokenize(self.messages)) if self.messages else 0
+        except ContextTooLong:
+            self.used_tokens = self.engine.context_length
 
 
 def read_messages(path: Path) -> list[Message]:

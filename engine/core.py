@@ -164,8 +164,11 @@ class Core:
         self._finished.append((now, len(request.sequences)))
         self.metrics.request_success[reason] += 1
         self._latencies.observe_end(request, now)
-        for sequence in request.sequences:
-            self.metrics.request_generation_tokens.observe(len(sequence.tokens) - sequence.prompt_length)
+        answered = [len(sequence.tokens) - sequence.prompt_length for sequence in request.sequences]
+        for count in answered:
+            self.metrics.request_generation_tokens.observe(count)
+        took_s = now - request.arrived_s
+        log.debug("request %d: %d + %s tokens, %s, %.2f s", request.number, len(request.prompt), answered, reason, took_s)
 
     async def drain(self, deadline_s: float) -> None:
         """Take nothing new; wait until everything has ended, at most deadline_s; then end what is left with "abort"."""

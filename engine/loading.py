@@ -132,6 +132,10 @@ async def _fill(
     scheduler = Scheduler(PagePool(pages, info.page_tokens), limits)
     core = Core(backend, device, scheduler, metrics, most=config.max_waiting, lookahead=config.lookahead)
     prompts = PromptReader(checkpoint, template, context_length, bounded_by_cache=bounded)
+    log.info(
+        "%s runs on %s: %.0f MB of weights, a KV cache of %d tokens, a context of %d, at most %d sequences at a time",
+        checkpoint.name, info.device, backend.memory().weights_bytes / 1e6, pool_tokens, context_length, max_num_seqs,
+    )  # fmt: skip
     source = None if template is None else template.tools_source
     dialect = choose_dialect(source, tools=config.tool_call_parser, reasoning=config.reasoning_parser)
     return Running(checkpoint, backend, device, scheduler, core, prompts, source, dialect)

@@ -94,7 +94,7 @@ class PromptReader:
         if self._bounded_by_cache:
             cure += ", or give the KV cache more memory (--kv-bytes, or --kv-fraction and fewer --max-num-seqs)"
         elif limit < most:
-            cure += f", or start with --max-model-len {most}"
+            cure += f", or start with --max-model-len {most} (in Python max_model_len={most})"
         return ContextTooLong(f"the prompt has {tokens} tokens, the context length is {limit:,}: {cure}", field="prompt")
 
     def _checked_ids(self, prompt: Sequence[int]) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ class PromptReader:
 
 
 def _check_kind(prompt: object) -> None:
-    if not isinstance(prompt, (Sequence, np.ndarray)):
+    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, (Sequence, np.ndarray)):
         kind = type(prompt).__name__
         raise InvalidRequest(f"a prompt is a text, token ids or messages, not of type {kind}", field="prompt")
     if isinstance(prompt, np.ndarray) and prompt.ndim != 1:

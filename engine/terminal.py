@@ -76,7 +76,7 @@ class TerminalChat:
             text = line.strip()
             self._warned = self._warned and not text
             if text.startswith("/") and not line.startswith(" "):
-                if not self._command(text):
+                if not await self._command(text):
                     return
             elif text:
                 await self._answer(text)
@@ -131,7 +131,7 @@ class TerminalChat:
             self._say(f"(the answer was cut: {cure})", "yellow")
         self._say(str(turn), "dim")
 
-    def _command(self, line: str) -> bool:
+    async def _command(self, line: str) -> bool:
         """Carry out a /command; False to leave."""
         word, _, rest = line.partition(" ")
         rest = rest.strip()
@@ -149,13 +149,13 @@ class TerminalChat:
                 self.conversation.system = rest or None
                 self._say("The system prompt is set." if rest else "There is no system prompt now.")
             case "/save" | "/load":
-                self._file(word, rest)
+                await self._file(word, rest)
             case _:
                 close = difflib.get_close_matches(word, COMMANDS, 1) or ["/help"]
                 self._say(f"{word[:40]} is no command: did you mean {close[0]}? A space before it sends it as text.", "red")
         return True
 
-    def _file(self, word: str, name: str) -> None:
+    async def _file(self, word: str, name: str) -> None:
         if not name:
             self._say(f"{word} needs the name of a file", "red")
             return
@@ -165,7 +165,7 @@ class TerminalChat:
                 self.conversation.save(path)
                 self._say(f"Saved to {path}.")
             else:
-                self.conversation.load(path)
+                await self.conversation.load(path)
                 self._say(f"Loaded {len(self.conversation.turns)} messages from {path}.")
         except (OSError, RequestError) as error:
             self._say(f"{word}: {error}", "red")

@@ -31,7 +31,8 @@ def _plain(index: int, message: Message | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(message, Message):
         message = {"role": message.role, "content": message.content}
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidRequest(f"{field} must have a role and a content", field=field)
+        what = "" if isinstance(message, Mapping) else f", and is of type {type(message).__name__} (one prompt per call)"
+        raise InvalidRequest(f"{field} must have a role and a content{what}", field=field)
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
         content = "".join(_part(f"{field}.content[{at}]", part) for at, part in enumerate(content))

@@ -135,6 +135,10 @@ def _local(model_id: str | None, weight_path: str | Path | None, weight_file: st
         return folder if weight_file is None else folder / weight_file
     if weight_file is not None:
         file = _path(weight_file)
+        if model_id and (path := _path(model_id)).is_absolute() and _exists(path):
+            if path.is_dir():
+                return path / weight_file
+            raise ConfigError(f"{path} is a file, and --f {weight_file} names another: leave one of them away")
         return file if model_id is None or _exists(file) else None
     if not model_id:                                     # "" would be this folder
         return None

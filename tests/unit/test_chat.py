@@ -64,6 +64,12 @@ class Script:
         self.cancelled, self.usage = anyio.Event(), Usage(10 * len(messages), 0, 0)
         return self
 
+    async def tokenize(self, messages: list[Message]) -> list[int]:
+        length = sum(len(message.content) for message in messages)
+        if length > self.context_length:
+            raise ContextTooLong("the prompt has 101 tokens, the context length is 100: shorten it")
+        return [0] * length
+
     def cancel(self) -> None:
         self.cancelled.set()
 
@@ -166,16 +172,28 @@ def test_a_turn_tells_its_figures() -> None:
     assert str(Turn(150, 0, 0, 0, 0.0, 0.0, "abort")) == "prompt 150 tokens"
 
 
-def test_saved_and_loaded_again(tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_saved_and_loaded_again(tmp_path: Path) -> None:
     chat = conversation(Script(), "Be brief.")
     chat.turns = [Message("user", "q\n"), Message("assistant", "ä\x1b")]
     path = tmp_path / "c.json"
     chat.save(path)
     chat.save(path)                                     # over its own file, again
     other = conversation(Script())
-    other.load(path)
+    await other.load(path)
     assert (other.system, other.turns) == ("Be brief.", chat.turns)
+    assert other.tokens_left == 100 - len("Be brief.q\nä\x1b")
     assert json.loads(path.read_text("utf-8"))["model"] == "script"
+
+
+@pytest.mark.anyio
+async def test_a_saved_conversation_longer_than_the_context_leaves_nothing(tmp_path: Path) -> None:
+    chat = conversation(Script())
+    chat.turns = [Message("user", "q" * 101), Message("assistant", "a")]
+    chat.save(tmp_path / "c.json")
+    other = conversation(Script())
+    await other.load(tmp_path / "c.json")
+    assert other.tokens_left == 0
 
 
 def test_saving_destroys_no_other_file(tmp_path: Path) -> None:

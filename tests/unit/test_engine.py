@@ -325,6 +325,20 @@ async def test_a_prompt_over_the_context_length_is_refused(toy: Opener) -> None:
         assert result.finish_reason == "length"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (b"hi", "not of type bytes"),
+        (["hi", "ho"], r"messages\[0\] must have a role and a content, and is of type str \(one prompt per call\)"),
+        ([{"content": "hi"}], r"messages\[0\] must have a role and a content$"),
+    ],
+)
+async def test_what_is_no_prompt_is_refused_by_what_it_is(prompt: object, words: str, toy: Opener) -> None:
+    async with toy(ToyBackend()) as engine:
+        with pytest.raises(InvalidRequest, match=words):
+            await engine.stream(prompt)
+
+
 async def test_limits_on_waiting_and_running(toy: Opener) -> None:
     backend = HeldBackend()
     async with toy(backend, max_waiting=5) as engine:

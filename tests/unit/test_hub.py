@@ -3,6 +3,8 @@
 Downloads themselves are tested over sockets (tests/http/test_hub_loopback.py); here the hub's client is replaced.
 """
 
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from engine.config import EngineConfig
 from engine.errors import BadModelFile, ConfigError, ModelNotFound
 from engine.weights import hub
 from engine.weights.hub import DEMO_FILE, DEMO_MODEL, demo_model, model_path, resolve_model, split_tag
+from engine.weights.open_model import note_use
 from tests.support.tiny_gguf import write_tiny_gguf
 
 
@@ -66,6 +69,20 @@ def test_a_file_on_this_disk_is_taken_as_it_is(model: Path, downloads: Downloads
     assert resolve_model("a/b", weight_file=model) == model
     assert resolve_model("owner/name", weight_path=model) == model, "the id is only its name then"
     assert downloads.asked == []
+
+
+def test_a_path_and_a_file_beside_it(model: Path) -> None:
+    assert resolve_model(str(model.parent), weight_file="model.gguf") == model
+    with pytest.raises(ConfigError, match=r"model\.gguf is a file, and --f other\.gguf names another: leave one"):
+        resolve_model(str(model), weight_file="other.gguf")
+
+
+def test_using_a_model_sets_when_it_was_used(model: Path) -> None:
+    os.utime(model, (1000, 2000))
+    note_use(model)
+    assert model.stat().st_mtime == 2000
+    assert abs(model.stat().st_atime - time.time()) < 60
+    note_use(model.parent / "absent.gguf")               # it is only a convenience
 
 
 def test_a_folder_with_one_gguf_means_that_file(model: Path) -> None:
