@@ -159,15 +159,15 @@ class TerminalChat:
         if not name:
             self._say(f"{word} needs the name of a file", "red")
             return
-        path = Path(name).expanduser()
         try:
+            path = Path(name).expanduser()  # noqa: ASYNC240 - nobody else is served here
             if word == "/save":
                 self.conversation.save(path)
                 self._say(f"Saved to {path}.")
             else:
                 await self.conversation.load(path)
                 self._say(f"Loaded {len(self.conversation.turns)} messages from {path}.")
-        except (OSError, RequestError) as error:
+        except (OSError, RuntimeError, RequestError) as error:           # RuntimeError: ~somebody who is unknown here
             self._say(f"{word}: {error}", "red")
 
     def _say(self, text: str, style: str | None = None) -> None:

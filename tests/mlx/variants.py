@@ -4,10 +4,14 @@ make_snapshots.py writes what MLX generates for them, test_metal_snapshots.py co
 """
 
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import mlx.core as mx
+import numpy as np
 
 from backends.mlx.metal import PAGE, LayerPools, MetalKernels
+from backends.mlx.metal_norms import NormKernels, rope_table
+from tests.mlx.product_variants import product_calls
 from tests.mlx.shim import ShimMetal
 
 __all__ = ["CALLS", "Call", "generated"]
@@ -17,6 +21,9 @@ Call = tuple[str, Callable[[Callable], object]]
 
 SIZES = (64, 80, 96, 128, 256)
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+WIDTHS = (576, 1024, 1536, 2560, 4096, 5120, 8192)             # of models that there are
+BOTH = tuple(product((True, False), repeat=2))
+PARTIAL = ((64, 16), (80, 32), (96, 48), (128, 64), (256, 64))
 
 
 def attention_calls() -> Iterator[Call]:
@@ -28,10 +35,7 @@ def attention_calls() -> Iterator[Call]:
 
 def call_attention(kernels, size, dtype, item):
     """8 heads on 2 KV heads: one write, decoding over short and long contexts, one prompt."""
-    dtype, kind = DTYPES[dtype], {**DTYPES, "int8": mx.int8, "e4m3": mx.uint8}[item]
-    shape = (4 * PAGE, 2, size)
-    scales = [mx.zeros(shape[:2])] * 2 if item == "int8" else []
-    pools = LayerPools(mx.zeros(shape, kind), mx.zeros(shape, kind), *scales)
+    dtype, pools = DTYPES[dtype], pools_of(size, item)
     ints = mx.zeros(8, mx.int32)
     new = mx.zeros((8, 2, size), dtype)
     token = kernels.write_cache(new, new, pools, ints)
@@ -41,7 +45,66 @@ def call_attention(kernels, size, dtype, item):
     kernels.attend_prefill(q, pools, mx.zeros((8, 8), mx.int32), mx.zeros(9, mx.int32), ints, token, 0.125)
 
 
-CALLS: list[Callable[[], Iterator[Call]]] = [attention_calls]
+def grouping_calls() -> Iterator[Call]:
+    for group in (1, 2, 3, 5, 7, 8, 12, 16):
+        yield f"group {group}", lambda make, group=group: call_groupings(MetalKernels(make), NormKernels(make), group)
+
+
+def call_groupings(kernels, norms, group):
+    """Heads on one KV head and contexts of every number of splits, for one token: the constants that follow from shapes."""
+    pools, one = pools_of(128, "bfloat16", kv_heads=1), mx.zeros(8, mx.int32)
+    q, new = mx.zeros((1, group, 128), mx.bfloat16), mx.zeros((1, 1, 128), mx.bfloat16)
+    _, token = norms.rope_and_write(q, new, new, pools, one[:1], one[:1], rope_table(np.ones(64), halves=True))
+    for splits in (1, 2, 4, 8, 16, 32):
+        kernels.attend_decode(q, pools, mx.zeros((1, 8 * splits), mx.int32), one[:1], token, 0.125)
+    kernels.attend_prefill(q, pools, mx.zeros((1, 8), mx.int32), one[:2], one[:1], token, 0.125)
+
+
+def pools_of(size, item, kv_heads=2):
+    """A cache of 4 pages."""
+    shape, kind = (4 * PAGE, kv_heads, size), {**DTYPES, "int8": mx.int8, "e4m3": mx.uint8}[item]
+    scales = [mx.zeros(shape[:2])] * 2 if item == "int8" else []
+    return LayerPools(mx.zeros(shape, kind), mx.zeros(shape, kind), *scales)
+
+
+def norm_calls() -> Iterator[Call]:
+    for dtype in DTYPES:
+        yield dtype, lambda make, dtype=dtype: call_norms(NormKernels(make), DTYPES[dtype])
+
+
+def call_norms(kernels, dtype):
+    """A sum and its norm for each width."""
+    for width in WIDTHS:
+        x = mx.zeros((8, width), dtype)
+        kernels.add_rms_norm(x, x, mx.zeros(width, dtype), 1e-6)
+
+
+def rope_calls() -> Iterator[Call]:
+    """Caches of the activations' own type or E4M3, as models have them; int8 and a part of the head for one pairing each."""
+    for size, part in PARTIAL:
+        for dtype in DTYPES:
+            for item, halves, norm, rotary in (
+                *((item, halves, norm, size) for item in (dtype, "e4m3") for halves, norm in BOTH),
+                ("int8", True, True, size),
+                (dtype, False, False, part),
+                (dtype, True, False, part),
+            ):  # fmt: skip
+                name = f"{size} {dtype} {item} {'halves' if halves else 'interleaved'}{' norm' * norm} {rotary}"
+                of = size, dtype, item, halves, norm, rotary
+                yield name, lambda make, of=of: call_rope(NormKernels(make), *of)
+
+
+def call_rope(kernels, size, dtype, item, halves, norm, rotary):
+    """8 tokens of 8 heads on 2 KV heads."""
+    dtype = DTYPES[dtype]
+    table = rope_table(np.ones(rotary // 2), halves=halves)
+    norms = (mx.zeros(size, dtype), mx.zeros(size, dtype)) if norm else None
+    ints = mx.zeros(8, mx.int32)
+    q, new = mx.zeros((8, 8, size), dtype), mx.zeros((8, 2, size), dtype)
+    kernels.rope_and_write(q, new, new, pools_of(size, item), ints, ints, table, norms)
+
+
+CALLS: list[Callable[[], Iterator[Call]]] = [attention_calls, grouping_calls, norm_calls, rope_calls, product_calls]
 
 
 def generated() -> Iterator[tuple[str, dict[str, str]]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from huggingface_hub import errors
 
