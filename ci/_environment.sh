@@ -10,7 +10,7 @@ die() { say "$@"; exit 1; }
 # The first Python that is new enough and can make environments; pyenv and others leave names that do not run.
 find_python() {
     incomplete=
-    for candidate in python3.13 python3.12 python3.11 python3 python; do
+    for candidate in ${RILLET_PYTHON:+"$RILLET_PYTHON"} python3.13 python3.12 python3.11 python3 python; do
         "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' </dev/null >/dev/null 2>&1 || continue
         if "$candidate" -c 'import ensurepip, venv' </dev/null >/dev/null 2>&1; then
             base=$candidate

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: pip install rillet[cuda]")
+
 from backends.cuda import catalogue, cubins, nvrtc
 from backends.cuda import compile as compiling
 from backends.cuda.bundle import Bundle, write_bundle

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: pip install rillet[cuda]")
+
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.recording_cuda import has_driver
 

@@ -6,6 +6,9 @@ import time
 
 import numpy as np
 import pytest
+
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: pip install rillet[cuda]")
+
 from cuda.bindings import driver as bindings
 
 from backends.cuda import nvidia
