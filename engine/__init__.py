@@ -25,7 +25,7 @@ from engine.errors import (
     UnknownModel,
     UnsupportedModel,
 )
-from engine.flags import Flag, parse_environment, parse_flags
+from engine.flags import FLAGS, Flag, parse_environment, parse_flags
 from engine.metrics import Histogram, Metrics, Statistics
 from engine.remote import RemoteEngine
 from engine.remote_service import EngineService
@@ -43,6 +43,7 @@ from engine.wire_async import Address, FrameStream, dial
 
 __version__ = "0.1.0"
 __all__ = [
+    "FLAGS",
     "SAMPLING_BOUNDS",
     "SECRET_BYTES",
     "Address",

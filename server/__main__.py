@@ -1,7 +1,9 @@
 """`python -m server` and `rillet serve`: hypercorn in this process, with an orderly end and an exit code that tells.
 
-0 after a drain that was asked for; 1 when the model could not be loaded, the port is taken or the engine died; 2 for a
-wrong flag. One line with the address goes to stdout when the model is ready, one sentence to stderr when something failed.
+With --workers above 1, server.supervisor runs as many such processes (server.worker). 0 after a drain that was asked for;
+1 when the model could not be loaded, the port is taken or the engine died; 2 for a wrong flag; 3 when workers die as fast
+as they are started. One line with the address goes to stdout when the model is ready, one sentence to stderr when something
+failed.
 """
 
 import asyncio
@@ -18,12 +20,11 @@ from hypercorn.config import Config
 from engine import ConfigError, RilletError
 from server.app import RilletApp, create_app
 from server.host import leave
-from server.settings import ServerSettings, configure_logging, settings_from_flags
+from server.settings import ServerSettings, configure_logging, settings_from_flags, variables_of
+from server.supervisor import CLOSE_S, FLUSH_S, Supervisor, check_platform
 
-__all__ = ["main", "run"]
+__all__ = ["Process", "main", "run"]
 
-FLUSH_S = 5.0                                            # for last events to reach their clients after the drain
-CLOSE_S = 10.0                                           # for hypercorn and the engine to end after that
 LOADING_CLOSE_S = 1.0                                    # and where there is no engine yet
 FAILED, WRONG_FLAG, INTERRUPTED = 1, 2, 130
 
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         config, settings = settings_from_flags(given, os.environ, "python -m server")
+        check_platform(settings.workers)
     except ConfigError as error:
         print(f"rillet: {error}", file=sys.stderr)
         return WRONG_FLAG
@@ -43,7 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rillet: cannot listen on {where}: {why}: choose another --host or --port", file=sys.stderr)
         return FAILED
     configure_logging(settings.log_level)
+    if settings.workers > 1:
+        with listener:
+            return _supervise(Supervisor(settings, variables_of(config, settings), listener, _say))
     return run(create_app(config, settings), listener)
+
+
+def _supervise(supervisor: Supervisor) -> int:
+    try:
+        code = asyncio.run(supervisor.run())
+    except ConfigError as error:                         # no runtime directory
+        print(f"rillet: {error}", file=sys.stderr)
+        return FAILED
+    if supervisor.failure is not None:
+        print(f"rillet: {supervisor.failure}", file=sys.stderr, flush=True)
+    return code
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def run(app: RilletApp, listener: socket.socket) -> int:
@@ -82,10 +102,11 @@ def _hypercorn_config(listener: socket.socket) -> Config:
 
 
 class Process:
-    """One run of the server, from its start to its exit code."""
+    """One run of the server, from its start to its exit code. `say` gets the line with the address."""
 
-    def __init__(self, app: RilletApp, listener: socket.socket) -> None:
+    def __init__(self, app: RilletApp, listener: socket.socket, say: Callable[[str], None] = _say) -> None:
         self.app = app
+        self._say = say
         host, port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._listener = listener
@@ -135,7 +156,7 @@ class Process:
         await host.wait_settled()
         if host.failure is None and host.state == "ready":
             engine = host.engine
-            print(f"Rillet serves {engine.model_name} at {self.url}/v1 on {engine.device}", flush=True)
+            self._say(f"Rillet serves {engine.model_name} at {self.url}/v1 on {engine.device}")
 
     async def _drain(self, failed: "asyncio.Task[Exception]") -> None:
         if open_answers := len(self.app.connections):

@@ -1,7 +1,8 @@
 """The private directory in which the workers of one server find their engine process; and the locks in it.
 
-The name comes from multiprocessing's key, which hypercorn hands to each of its workers and nobody else has: two servers on
-one machine never meet. Only this user can look into it. It holds two locks, and a file with the engine's address and secret.
+The name comes from multiprocessing's key, which hypercorn hands to each of its workers and nobody else has, or is drawn by
+our own supervisor, which tells its workers: two servers on one machine never meet. Only this user can look into it. It holds
+two locks, and a file with the engine's address and secret.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import secrets
 import shutil
 import stat
 import sys
@@ -84,11 +86,13 @@ class RuntimeDirectory:
     @classmethod
     def of_server(cls) -> "RuntimeDirectory":
         """The one that all workers of this process's server have in common."""
-        key = hashlib.sha256(b"rillet engine" + bytes(multiprocessing.current_process().authkey)).hexdigest()[:24]
-        user = "rillet"
-        if sys.platform != "win32":
-            user += f"-{os.getuid()}"
-        return cls(_root() / user / key)
+        key = bytes(multiprocessing.current_process().authkey)
+        return cls(_home() / hashlib.sha256(b"rillet engine" + key).hexdigest()[:24])
+
+    @classmethod
+    def new(cls) -> "RuntimeDirectory":
+        """One that no other server has."""
+        return cls(_home() / secrets.token_hex(12))
 
     def lock(self, name: str) -> Lock:
         return Lock(self.path / f"{name}.lock", self.prepare)
@@ -122,10 +126,11 @@ class RuntimeDirectory:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _root() -> Path:
-    """Where the system wants such directories; the folder for temporary files if there is none."""
+def _home() -> Path:
+    """This user's part of where the system wants such directories; of the folder for temporary files if there is none."""
     wanted = os.environ.get("XDG_RUNTIME_DIR", "")
-    return Path(wanted) if wanted and os.access(wanted, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    root = Path(wanted) if wanted and os.access(wanted, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    return root / ("rillet" if sys.platform == "win32" else f"rillet-{os.getuid()}")
 
 
 def _make_private(path: Path) -> None:

@@ -1,7 +1,7 @@
 """ServerSettings: what the server alone needs to know, beside the engine's config; and the table of its own flags.
 
-Both ways in use it: `python -m server` (flags over RILLET_* variables) and `hypercorn server.app:app` (variables only). It
-opens nothing and starts nothing.
+Both ways in use it: `python -m server` (flags over RILLET_* variables) and `hypercorn server.app:app` (variables only). The
+supervisor hands both to its workers as variables. It opens nothing and starts nothing.
 """
 
 import logging
@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from engine import FLAGS as ENGINE_FLAGS
 from engine import ConfigError, EngineConfig, Flag, parse_environment, parse_flags
 
-__all__ = ["FLAGS", "ServerSettings", "configure_logging", "settings_from_environment", "settings_from_flags"]
+__all__ = ["FLAGS", "ServerSettings", "configure_logging", "settings_from_environment", "settings_from_flags", "variables_of"]
 
 MIB = 1 << 20
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9.\-\[\]:]+|null")       # scheme://host[:port], as browsers write it
@@ -28,6 +29,7 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    workers: int = 1                          # processes that answer; more than one share an engine process
     api_keys: tuple[str, ...] = ()            # none: everybody may ask
     drain_s: float = 30.0                     # how long running answers may go on after SIGTERM
     stall_s: float = 30.0                     # a client that takes nothing for so long is cut off
@@ -54,6 +56,7 @@ class ServerSettings:
 
 BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("port", 0, 65535),
+    ("workers", 1, 256),
     ("drain_s", 0, 3600),
     ("stall_s", 0.05, 3600),
     ("heartbeat_s", 0.05, 3600),
@@ -65,6 +68,7 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
 FLAGS: tuple[Flag, ...] = (
     Flag("host", "host", str, "address to listen on (default: 127.0.0.1; 0.0.0.0 is every one)"),
     Flag("port", "port", int, "port to listen on (default: 8000; 0 takes a free one)"),
+    Flag("workers", "workers", int, "processes that answer, over one engine process (default: 1, with the engine in it)"),
     Flag("api-key", "api_keys", str, "key, or keys with commas, that requests must show; better given as RILLET_API_KEY"),
     Flag("drain-deadline", "drain_s", float, "seconds that running answers may go on after SIGTERM (default: 30)"),
     Flag("stall-timeout", "stall_s", float, "seconds after which a client that reads nothing is cut off (default: 30)"),
@@ -92,6 +96,26 @@ def settings_from_environment(environ: Mapping[str, str]) -> tuple[EngineConfig,
     """The RILLET_* variables alone."""
     config, values = parse_environment(environ, FLAGS)
     return config, _settings(values)
+
+
+def variables_of(config: EngineConfig, settings: ServerSettings) -> dict[str, str]:
+    """The RILLET_* variables that settings_from_environment makes the same two of."""
+    variables = {}
+    for part, flags in ((config, ENGINE_FLAGS), (settings, FLAGS)):
+        defaults = {field.name: field.default for field in fields(part)}
+        for flag in flags:
+            if (value := getattr(part, flag.field)) != defaults[flag.field]:
+                variables[flag.variable] = _text(value)
+    return variables
+
+
+def _text(value: Any) -> str:
+    match value:
+        case bool():
+            return str(int(value))
+        case tuple():
+            return ",".join(map(str, value))
+    return str(value)
 
 
 def _settings(values: dict[str, Any]) -> ServerSettings:

@@ -19,7 +19,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM for a chi
 
 @posix
 def test_sigterm_lets_streams_end_until_the_deadline_and_exits_with_0(demo_path: Path) -> None:
-    arguments = ["-m", "server", "--f", str(demo_path), "--port", "0", *MODEL, "--drain-deadline", "0.5"]
+    arguments = ["-m", "server", "--f", str(demo_path), "--port", "0", *MODEL, "--drain-deadline", "2"]
     with ProcessServer(*arguments) as server:
         url = server.wait_line("Rillet serves").split(" at ")[1].split("/v1 ")[0]
         port = int(url.rsplit(":", 1)[1])
@@ -100,7 +100,7 @@ def test_hypercorn_serves_server_app_drains_it_and_ends(demo_path: Path) -> None
     arguments = ["-m", "hypercorn", "-c", "python:server.hypercorn_config", "-b", f"127.0.0.1:{port}", "server.app:app"]
     variables = {
         "RILLET_F": str(demo_path), "RILLET_MAX_MODEL_LEN": "1024", "RILLET_KV_BYTES": "60000000", "RILLET_API_KEY": "k1,k2",
-        "RILLET_DRAIN_DEADLINE": "0.5",
+        "RILLET_DRAIN_DEADLINE": "2",
     }  # fmt: skip
     with ProcessServer(*arguments, **variables) as server:
         server.wait_line("serving ")
