@@ -15,7 +15,7 @@ import numpy as np
 from backends.mlx.ops import Ops, attention, rotate
 from backends.mlx.rope import Rotation
 from backends.mlx.steps import PAGE_TOKENS, PaddedStep, rounded_up, rounded_width
-from backends.mlx.tree import LayerWeights
+from backends.mlx.tree import HeadNorms
 from engine.model.spec import Attention, ModelSpec, Rope
 from engine.step import IntArray
 
@@ -26,9 +26,12 @@ class StepPages(Protocol):
     """The cache during one step. For each layer, in order: place, then attend."""
 
     def place(
-        self, number: int, spec: Attention, w: LayerWeights, q: mx.array, keys: mx.array, values: mx.array
+        self, number: int, spec: Attention, norms: HeadNorms, q: mx.array, keys: mx.array, values: mx.array
     ) -> mx.array:
-        """Norm and turn q (T, H, hs) and keys (T, KV, hs), put keys and values at their slots; q is returned."""
+        """Norm and turn q (T, H, hs) and keys (T, KV, hs), put keys and values at their slots; q is returned.
+
+        norms: the weights of the norms of queries and keys, (hs,) each, if the model has them.
+        """
         ...
 
     def attend(self, number: int, spec: Attention, q: mx.array) -> mx.array:
@@ -137,10 +140,10 @@ class PortablePages:
         self.answers = mx.array(answers)
 
     def place(
-        self, number: int, spec: Attention, w: LayerWeights, q: mx.array, keys: mx.array, values: mx.array
+        self, number: int, spec: Attention, norms: HeadNorms, q: mx.array, keys: mx.array, values: mx.array
     ) -> mx.array:
-        if w.query_norm is not None and w.key_norm is not None:
-            q, keys = self.ops.rms_norm(q, w.query_norm), self.ops.rms_norm(keys, w.key_norm)
+        if norms is not None:
+            q, keys = self.ops.rms_norm(q, norms[0]), self.ops.rms_norm(keys, norms[1])
         turns, interleaved = self.turns[spec.rope], spec.rope.interleaved
         key_pool, value_pool = self.pools[number]
         key_pool[self.slots] = rotate(keys, *turns, interleaved)

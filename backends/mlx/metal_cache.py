@@ -5,58 +5,50 @@ may be in flight: the slots of one are made to depend on the last token of the s
 orders the two. A page is written again only after the wait of the last ticket that names it.
 """
 
-import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from backends.mlx.cache import Cache, PortableCache, copy_pages, make_pools
-from backends.mlx.metal import HEAD_SIZES, LayerPools, MetalKernels
+from backends.mlx.metal import LayerPools, MetalKernels
 from backends.mlx.metal_norms import NormKernels, RopeTable, rope_table
 from backends.mlx.ops import Ops
 from backends.mlx.rope import Rotation
 from backends.mlx.steps import PaddedStep, rounded_up
-from backends.mlx.tree import LayerWeights
+from backends.mlx.tree import HeadNorms
 from engine.errors import UnsupportedModel
 from engine.model.spec import Attention, ModelSpec
 from engine.step import IntArray
 
-__all__ = ["MetalCache", "can_use", "make_cache"]
-
-log = logging.getLogger(__name__)
+__all__ = ["MetalCache", "PagedKernels", "make_cache"]
 
 
-def can_use(kernels: MetalKernels, spec: ModelSpec) -> bool:
-    """Whether the kernels run here and have the model's head sizes; says once why not."""
-    sizes = sorted({layer.attention.head_size for layer in spec.layers} - set(HEAD_SIZES))
-    if sizes:
-        log.warning("head size %d has no Metal kernel: attention is MLX's own, and slower", sizes[0])
-        return False
-    if not kernels.self_check():
-        log.warning("what a Metal kernel wrote in place was not read back: attention is MLX's own, and slower")
-        return False
-    return True
+@dataclass(frozen=True, slots=True)
+class PagedKernels:
+    """What works on pages: attention, and norm, rope and write in one."""
+
+    attention: MetalKernels
+    norms: NormKernels
 
 
 def make_cache(
-    spec: ModelSpec, ops: Ops, pages: int, dtype: mx.Dtype, kernels: MetalKernels | None, *, fp8: bool = False
+    spec: ModelSpec, ops: Ops, pages: int, dtype: mx.Dtype, kernels: PagedKernels | None, *, fp8: bool = False
 ) -> Cache:
     """By the kernels if there are any, else by MLX's own operations. fp8: keys and values as E4M3."""
-    if kernels is None or ops.norms is None:
+    if kernels is None:
         if fp8:
             raise UnsupportedModel("an fp8 KV cache wants kernels that cannot be used here: leave --fp8-kvcache out")
         return PortableCache(spec, ops, pages, dtype)
-    return MetalCache(spec, ops, pages, mx.uint8 if fp8 else dtype, kernels, ops.norms)
+    return MetalCache(spec, ops, pages, mx.uint8 if fp8 else dtype, kernels)
 
 
 class MetalCache:
     """Pages written and read by kernels."""
 
-    def __init__(
-        self, spec: ModelSpec, ops: Ops, pages: int, item: mx.Dtype, kernels: MetalKernels, norms: NormKernels
-    ) -> None:
-        self.pages, self.kernels, self.norms, self.epsilon = pages, kernels, norms, ops.epsilon
+    def __init__(self, spec: ModelSpec, ops: Ops, pages: int, item: mx.Dtype, kernels: PagedKernels) -> None:
+        self.pages, self.kernels, self.norms, self.epsilon = pages, kernels.attention, kernels.norms, ops.epsilon
         self.pools = [LayerPools(keys, values) for keys, values in make_pools(spec, pages + 1, item)]
         ropes = {layer.attention.rope: Rotation.of(layer.attention.rope) for layer in spec.layers}
         self.tables: dict[object, RopeTable] = {
@@ -101,9 +93,8 @@ class MetalPages:
         self.row_starts = mx.array(starts)
 
     def place(
-        self, number: int, spec: Attention, w: LayerWeights, q: mx.array, keys: mx.array, values: mx.array
+        self, number: int, spec: Attention, norms: HeadNorms, q: mx.array, keys: mx.array, values: mx.array
     ) -> mx.array:
-        norms = None if w.query_norm is None or w.key_norm is None else (w.query_norm, w.key_norm)
         turned, token = self.cache.norms.rope_and_write(
             q, keys, values, self.cache.pools[number], self.positions, self.slots, self.cache.tables[spec.rope], norms,
             self.cache.epsilon,

@@ -39,7 +39,7 @@ class Model:
         a, tokens = layer.attention, len(normed)
         qkv = plus(w.qkv(normed), w.qkv_bias).reshape(tokens, -1, a.head_size)                    # (T, H + 2 KV, hs)
         q, keys, values = mx.split(qkv, [a.heads, a.heads + a.kv_heads], axis=1)
-        q = pages.place(number, a, w, q, keys, values)           # q/k norm and rope; keys and values are in the cache now
+        q = pages.place(number, a, w.head_norms, q, keys, values)  # q/k norm and rope; keys and values are in the cache now
         mixed = pages.attend(number, a, q).reshape(tokens, -1)                                    # (T, H hs)
         return plus(w.attention_output(mixed), w.attention_output_bias)
 

@@ -17,7 +17,7 @@ from backends.mlx.mapping import Mappings
 from backends.mlx.matrices import Affine, Blocks, Dense, Experts, Groups, Matrix, Mxfp4, Product
 from backends.mlx.repack import REPACKS, Packed, check_bytes, packed_bytes, repack
 from engine.errors import OutOfDeviceMemory
-from engine.weights.tensors import MlxLayout, Part, RawTensor, StorageType, to_float32
+from engine.weights.tensors import MlxLayout, Part, RawTensor, to_float32
 
 __all__ = ["Packer", "Taken"]
 
@@ -39,18 +39,26 @@ class Packer:
         forced: bool = False,
         columns_first: bool = False,
         native: Mapping[str, Product] | None = None,
+        trial: Callable[[Product, RawTensor, mx.Dtype], bool] | None = None,
         mappings: Mappings | None = None,
         limit_bytes: int | None = None,
     ) -> None:
         """forced: floats become `dtype` even if they are rounded. columns_first: dense matrices rest as (K, N).
-        native: storage types that rest in their blocks, with their products."""
+        native: storage types that rest in their blocks, with their products; trial: whether one is right, asked at its first
+        tensor."""
         self.dtype, self.forced, self.columns_first = dtype, forced, columns_first
-        self.native: Mapping[str, Product] = native or {}
+        self.native: dict[str, Product] = dict(native or {})
+        self.trial, self.tried = trial, set[str]()
         self.mappings = mappings or Mappings(possible=False)
         self.limit_bytes, self.nbytes = limit_bytes, 0
 
-    def resting(self, storage: StorageType) -> Resting:
-        """How a storage type rests."""
+    def resting(self, raw: RawTensor) -> Resting:
+        """How a tensor's storage type rests."""
+        storage = raw.storage
+        if storage.name in self.native and self.trial is not None and storage.name not in self.tried:
+            self.tried.add(storage.name)
+            if not self.trial(self.native[storage.name], raw, self.dtype):
+                del self.native[storage.name]
         if storage.name in self.native:
             return "blocks"
         return "groups" if storage.name in REPACKS or storage.mlx is not None else "floats"
@@ -58,7 +66,7 @@ class Packer:
     def matrix(self, raws: Sequence[RawTensor], taken: Taken, *, gathered: bool = False) -> Matrix:
         """Tensors of one storage type and width under one another. gathered: rows of it will be looked up."""
         self.admit(raws)
-        match self.resting(raws[0].storage):
+        match self.resting(raws[0]):
             case "groups":
                 groups = self.groups(raws, taken)
                 made: Matrix = (Affine if groups.biases is not None else Mxfp4)(groups, self.dtype)
@@ -76,7 +84,7 @@ class Packer:
         """Tensors of one width, expert after expert, of equally many rows each; floats if their storage types differ."""
         self.admit(raws)
         kinds = {raw.storage for raw in raws}
-        match self.resting(raws[0].storage) if len(kinds) == 1 else "floats":
+        match self.resting(raws[0]) if len(kinds) == 1 else "floats":
             case "groups":
                 groups = self.groups(raws, taken, count)
                 made: Experts = (AffineExperts if groups.biases is not None else Mxfp4Experts)(groups)
@@ -108,7 +116,7 @@ class Packer:
     def estimate(self, raw: RawTensor) -> int:
         """The most that a tensor takes here."""
         weights = raw.rows * raw.shape[-1]
-        match self.resting(raw.storage):
+        match self.resting(raw):
             case "groups" if (plan := REPACKS.get(raw.storage.name)) is not None:
                 return packed_bytes(plan, weights)
             case "floats":

@@ -13,7 +13,7 @@ from backends.mlx.cache import Cache, page_bytes
 from backends.mlx.collective import ALONE, Collective
 from backends.mlx.memory import scratch_bytes, set_limits
 from backends.mlx.metal import MetalKernels
-from backends.mlx.metal_cache import can_use, make_cache
+from backends.mlx.metal_cache import PagedKernels, make_cache
 from backends.mlx.metal_library import MakeKernel
 from backends.mlx.metal_norms import NormKernels
 from backends.mlx.metal_products import ProductKernels
@@ -21,6 +21,7 @@ from backends.mlx.model import Model
 from backends.mlx.ops import Ops
 from backends.mlx.sampler import Drawn, draw, resolve
 from backends.mlx.steps import PAGE_TOKENS, PaddedStep
+from backends.mlx.trial import attention_works, norms_work
 from backends.mlx.weights import load_weights
 from engine.backend import LoadOptions, MemoryStatistics, Progress
 from engine.errors import StepFailed
@@ -62,9 +63,9 @@ class Session:
         self.weights = load_weights(spec, tensors, options.dtype, progress, products, ranks=collective.ranks)
         progress("checking the device", 0, 1)
         norms = NormKernels(make_kernel) if metal and spec.hidden_size >= 8 else None
-        kernels = MetalKernels(make_kernel) if norms is not None else None
-        self.kernels = kernels if kernels is not None and can_use(kernels, spec) else None
-        self.ops = Ops(spec.norm_epsilon, norms)
+        paged, dtype = None if norms is None else PagedKernels(MetalKernels(make_kernel), norms), self.weights.dtype
+        self.kernels = paged if paged is not None and attention_works(paged, spec, dtype, fp8=self.fp8) else None
+        self.ops = Ops(spec.norm_epsilon, norms if norms is not None and norms_work(norms, spec, dtype) else None)
         self.model = Model(spec, self.weights, self.ops, collective)
         self.cache: Cache | None = None
         self.newest = mx.zeros(0, mx.int32)

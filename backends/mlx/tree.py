@@ -7,7 +7,11 @@ import mlx.core as mx
 from backends.mlx.mapping import Mappings
 from backends.mlx.matrices import Experts, Matrix
 
-__all__ = ["DenseWeights", "LayerWeights", "MixtureWeights", "ModelWeights", "Stack"]
+__all__ = ["DenseWeights", "HeadNorms", "LayerWeights", "MixtureWeights", "ModelWeights", "Stack"]
+
+
+HeadNorms = tuple[mx.array, mx.array] | None
+"""The weights of a layer's norms of queries and keys, (hs,) each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,10 @@ class LayerWeights:
     feed_norm: mx.array
     feed: DenseWeights | MixtureWeights
     feed_post_norm: mx.array | None
+
+    @property
+    def head_norms(self) -> HeadNorms:
+        return None if self.query_norm is None or self.key_norm is None else (self.query_norm, self.key_norm)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from backends.mlx.matrices import Experts, Matrix, Product
 from backends.mlx.metal_products import BLOCK_BYTES, BlockProduct, ProductKernels
 from backends.mlx.packing import Packer
 from backends.mlx.tree import DenseWeights, LayerWeights, MixtureWeights, ModelWeights, Stack
+from backends.mlx.trial import product_works
 from engine.backend import Progress
 from engine.errors import BadModelFile, ConfigError, OutOfDeviceMemory
 from engine.model.spec import Dense, FeedForward, Layer, Mixture, ModelSpec
@@ -56,6 +57,7 @@ def load_weights(
         forced=chosen is not None,
         columns_first=not metal,
         native={} if products is None else native_products(products),
+        trial=product_works,
         mappings=Mappings(possible=metal),
         limit_bytes=None if limit is None else limit // ranks,
     )
