@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from engine.step import FloatArray, IntArray
 
-__all__ = ["Settings", "choose"]
+__all__ = ["Settings", "choose", "largest"]
 
 SPAN = 512
 PARTIAL = 8               # a partial sort serves up to an eighth of the vocabulary
+PART, MOST_PARTIAL = 2048, 64
 MOST = np.float32(3e38)
 
 
@@ -77,8 +78,7 @@ def least_kept(
     x: mx.array, top: mx.array, cold: mx.array, count: NDArray[np.int64], top_p: FloatArray, width: int
 ) -> tuple[mx.array, mx.array]:
     """By the `width` largest logits of each place, of which the first `count` are looked at."""
-    largest = mx.topk(x, width, axis=1) if width < x.shape[1] else x
-    ordered = -mx.sort(-largest, axis=1)                                                          # (n, width)
+    ordered = -mx.sort(-largest(x, width), axis=1)                                                # (n, width)
     looked_at = mx.array(count.astype(np.int32))[:, None]
     mass = mx.where(mx.arange(width) < looked_at, mx.exp((ordered - top) * cold), 0)
     passed = cumulated(mass)
@@ -87,6 +87,20 @@ def least_kept(
     kept = mx.where(p < 1, mx.minimum(before + 1, looked_at), looked_at)
     least = mx.take_along_axis(ordered, kept - 1, axis=1)
     return least, kept - (ordered > least).sum(axis=1, keepdims=True).astype(mx.int32)
+
+
+def largest(x: mx.array, width: int) -> mx.array:
+    """The `width` largest numbers of each row in any order, (n, width).
+
+    On Metal a top-k of many numbers is a whole merge sort; of few it is one pass, so the best of parts are the candidates.
+    """
+    rows, count = x.shape
+    if width >= count:
+        return x
+    if width > MOST_PARTIAL or count <= 2 * PART:
+        return mx.topk(x, width, axis=1)
+    parts = mx.pad(x, [(0, 0), (0, -count % PART)], constant_values=-mx.inf).reshape(rows, -1, PART)
+    return mx.topk(mx.topk(parts, width, axis=2).reshape(rows, -1), width, axis=1)
 
 
 def spans_of(mass: mx.array) -> mx.array:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.mlx.choosing import Settings, choose
+from backends.mlx.choosing import Settings, choose, largest
 from backends.mlx.philox import uniforms
 from engine.step import FloatArray, IntArray, StepInput, StepOutput
 
@@ -128,7 +128,7 @@ class Places:
     def sample(self, raw: mx.array, newest: mx.array) -> mx.array:
         """The tokens that are drawn, (n,) int32; -1 where a logit is not finite or the grammar allows nothing."""
         step, x = self.step, raw
-        possible = mx.isfinite(raw).all(axis=1)
+        possible = mx.isfinite(raw.sum(axis=1))                               # one pass: no sum hides an infinity or a NaN
         if step.history is not None:
             x = self.penalized(x, newest)
         if step.bias is not None:
@@ -200,7 +200,7 @@ class Places:
         if most == 0:
             none = mx.zeros((len(raw), 0))
             return Scores(logprobs, none.astype(mx.int32), none)
-        least = mx.topk(raw, most, axis=1).min(axis=1, keepdims=True)
+        least = largest(raw, most).min(axis=1, keepdims=True)
         equal = raw == least
         ties = most - (raw > least).sum(axis=1, keepdims=True)
         best = (raw > least) | (equal & (mx.cumsum(equal.astype(mx.int32), axis=1) <= ties))

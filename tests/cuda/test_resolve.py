@@ -7,7 +7,8 @@ from backends.cuda.device import make_array
 from backends.cuda.sampling import SamplingFields, check_references, resolve_history
 from engine.errors import StepFailed
 from engine.step import History
-from tests.cuda.sampling_reference import make_step, normal, on_cpu, on_device, random_step, ready, resolved
+from tests.cuda.sampling_reference import on_device, ready, resolved
+from tests.support.sampling_steps import make_step, normal, on_cpu, random_step
 
 FILES = ("resolve.cu", "sampling.cu")
 

@@ -10,7 +10,8 @@ from backends.cuda.sampling import drawn_tokens
 from engine.errors import StepFailed
 from engine.step import Bias, History
 from tests.cuda.devices import make_device
-from tests.cuda.sampling_reference import make_step, normal, on_cpu, on_device, random_step, ready
+from tests.cuda.sampling_reference import on_device, ready
+from tests.support.sampling_steps import make_step, normal, on_cpu, random_step
 
 FILES = ("sampling.cu", "resolve.cu")
 EXTREMES = ["equal", "huge", "tiny", "zeros", "one", "two", "steps", "range", "-range"]

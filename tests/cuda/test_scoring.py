@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from engine.errors import StepFailed
-from tests.cuda.sampling_reference import make_step, normal, on_cpu, on_device, random_step, ready
+from tests.cuda.sampling_reference import on_device, ready
+from tests.support.sampling_steps import make_step, normal, on_cpu, random_step
 
 
 @pytest.fixture(scope="module")
