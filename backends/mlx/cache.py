@@ -19,16 +19,14 @@ from backends.mlx.tree import HeadNorms
 from engine.model.spec import Attention, ModelSpec, Rope
 from engine.step import IntArray
 
-__all__ = ["Cache", "PortableCache", "StepPages", "copy_pages", "make_pools", "page_bytes"]
+__all__ = ["Cache", "PortableCache", "StepPages", "copy_pages", "copy_rounds", "make_pools", "page_bytes"]
 
 
 class StepPages(Protocol):
     """The cache during one step. For each layer, in order: place, then attend."""
 
-    def place(
-        self, number: int, spec: Attention, norms: HeadNorms, q: mx.array, keys: mx.array, values: mx.array
-    ) -> mx.array:
-        """Norm and turn q (T, H, hs) and keys (T, KV, hs), put keys and values at their slots; q is returned.
+    def place(self, number: int, spec: Attention, norms: HeadNorms, qkv: mx.array) -> mx.array:
+        """Norm and turn queries and keys of qkv (T, H + 2 KV, hs), put keys and values at their slots: queries (T, H, hs).
 
         norms: the weights of the norms of queries and keys, (hs,) each, if the model has them.
         """
@@ -73,12 +71,18 @@ def make_pools(spec: ModelSpec, pages: int, dtype: mx.Dtype) -> list[tuple[mx.ar
     return made
 
 
-def copy_pages(pools: Sequence[mx.array], copies: IntArray) -> None:
-    """Copy pages in place, when all earlier work has ended. Forks are rare, so that waiting costs nothing that matters."""
+def copy_rounds(copies: IntArray) -> list[IntArray]:
+    """What can be copied at once, in order: all, or pair by pair where a target is in another pair too."""
     if not len(copies):
-        return
-    chained = np.intersect1d(copies[:, 0], copies[:, 1]).size > 0       # a target that is copied on: one after another
-    for some in np.split(copies, len(copies)) if chained else [copies]:
+        return []
+    sources, targets = copies.T
+    alone = len(np.unique(targets)) == len(targets) and not np.intersect1d(sources, targets).size
+    return [copies] if alone else np.split(copies, len(copies))
+
+
+def copy_pages(pools: Sequence[mx.array], copies: IntArray) -> None:
+    """Copy pages by MLX's own operations, when all earlier work has ended."""
+    for some in copy_rounds(copies):
         sources, targets = (mx.array((pages[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)).ravel()) for pages in some.T)
         moved = [pool[sources] for pool in pools]
         mx.eval(*moved)
@@ -139,9 +143,8 @@ class PortablePages:
         self.groups, answers = groups_of(step)
         self.answers = mx.array(answers)
 
-    def place(
-        self, number: int, spec: Attention, norms: HeadNorms, q: mx.array, keys: mx.array, values: mx.array
-    ) -> mx.array:
+    def place(self, number: int, spec: Attention, norms: HeadNorms, qkv: mx.array) -> mx.array:
+        q, keys, values = mx.split(qkv, [spec.heads, spec.heads + spec.kv_heads], axis=1)
         if norms is not None:
             q, keys = self.ops.rms_norm(q, norms[0]), self.ops.rms_norm(keys, norms[1])
         turns, interleaved = self.turns[spec.rope], spec.rope.interleaved

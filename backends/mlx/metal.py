@@ -12,8 +12,9 @@ import numpy as np
 
 from backends.mlx.metal_library import Constant, KernelLibrary, MakeKernel
 from engine.errors import ConfigError
+from engine.model.spec import Attention
 
-__all__ = ["HEAD_SIZES", "LONGEST_SPLIT", "MOST_SPLITS", "PAGE", "LayerPools", "MetalKernels", "splits_of"]
+__all__ = ["HEAD_SIZES", "LONGEST_SPLIT", "MOST_SPLITS", "PAGE", "LayerPools", "MetalKernels", "parts_of", "splits_of"]
 
 PAGE = 32                             # tokens; kernels/common.metal has the same
 HEAD_SIZES = range(8, 257, 8)
@@ -53,6 +54,16 @@ def splits_of(pages: int, groups: int) -> int:
     while splits * LONGEST_SPLIT < pages and splits < MOST_SPLITS and splits * groups < ENOUGH_GROUPS:
         splits *= 2
     return splits
+
+
+def parts_of(pages: int, rows: int, spec: Attention) -> int:
+    """splits_of() for a step of so many rows in a layer."""
+    return splits_of(pages, rows * spec.kv_heads * tiles_of(spec.heads // spec.kv_heads))
+
+
+def tiles_of(group: int) -> int:
+    """Threadgroups for the heads that share a KV head: each has up to 8 of them."""
+    return -(-group // min(group, 8))
 
 
 class MetalKernels:
@@ -98,8 +109,7 @@ class MetalKernels:
         rows, heads, head_size = q.shape
         kv_heads = pools.keys.shape[1]
         group = heads // kv_heads
-        members = min(group, 8)
-        tiles = -(-group // members)
+        members, tiles = min(group, 8), tiles_of(group)
         splits = splits_of(tables.shape[1], rows * kv_heads * tiles)
         parts = max(1, 8 // members)
         one = splits == 1

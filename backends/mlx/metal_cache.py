@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from backends.mlx.cache import Cache, PortableCache, copy_pages, make_pools
+from backends.mlx.cache import Cache, PortableCache, copy_rounds, make_pools
 from backends.mlx.metal import LayerPools, MetalKernels
 from backends.mlx.metal_norms import NormKernels, RopeTable, rope_table
 from backends.mlx.ops import Ops
@@ -64,9 +64,17 @@ class MetalCache:
 
     def open(self, step: PaddedStep, copies: IntArray) -> "MetalPages":
         if len(copies):
-            mx.synchronize()
-            copy_pages([pool for pools in self.pools for pool in (pools.keys, pools.values)], copies)
+            self.copy_pages(copies)
         return MetalPages(self, step)
+
+    def copy_pages(self, copies: IntArray) -> None:
+        """Queue copies behind all that was queued; what comes later waits for them as it waits for the last write."""
+        for some in copy_rounds(copies):
+            padded = np.pad(some, ((0, max(0, 4 - len(some))), (0, 0)), constant_values=-1)
+            pairs = mx.array(padded) + mx.minimum(self.last_token, 0).astype(mx.int32)           # a token is 1
+            tokens = [self.norms.copy_pages(pools, pairs) for pools in self.pools]
+            self.last_token = mx.concatenate(tokens).min(keepdims=True)
+        mx.async_eval(self.last_token)  # type: ignore[no-untyped-call]
 
 
 class MetalPages:
@@ -74,8 +82,8 @@ class MetalPages:
 
     def __init__(self, cache: MetalCache, step: PaddedStep) -> None:
         self.cache = cache
-        self.positions = mx.array(step.positions)
-        self.slots = mx.array(step.slots) + mx.minimum(cache.last_token, 0).astype(mx.int32)     # a token is 1
+        self.positions = mx.array(padded(step.positions))
+        self.slots = mx.array(padded(step.slots)) + mx.minimum(cache.last_token, 0).astype(mx.int32)     # a token is 1
         self.tokens: list[mx.array] = []
         longer = np.flatnonzero(step.lengths != 1)
         self.decoding = int(longer[0]) if len(longer) else len(step.lengths)
@@ -92,13 +100,11 @@ class MetalPages:
         starts[: len(step.lengths) - d + 1] = step.row_starts[d:] - d
         self.row_starts = mx.array(starts)
 
-    def place(
-        self, number: int, spec: Attention, norms: HeadNorms, q: mx.array, keys: mx.array, values: mx.array
-    ) -> mx.array:
+    def place(self, number: int, spec: Attention, norms: HeadNorms, qkv: mx.array) -> mx.array:
+        pools, table = self.cache.pools[number], self.cache.tables[spec.rope]
         turned, token = self.cache.norms.rope_and_write(
-            q, keys, values, self.cache.pools[number], self.positions, self.slots, self.cache.tables[spec.rope], norms,
-            self.cache.epsilon,
-        )  # fmt: skip
+            qkv, pools, self.positions, self.slots, table, norms, self.cache.epsilon
+        )
         self.tokens.append(token)
         self.cache.last_token = token
         return turned
@@ -118,6 +124,11 @@ class MetalPages:
     @property
     def written(self) -> Sequence[mx.array]:
         return self.tokens[-1:]
+
+
+def padded(numbers: IntArray) -> IntArray:
+    """With zeros behind them that nobody reads: a kernel takes no array of less than 8."""
+    return np.pad(numbers, (0, max(0, 8 - len(numbers))))
 
 
 def padded_rows(tables: IntArray, lengths: IntArray, rows: int) -> tuple[mx.array, mx.array]:

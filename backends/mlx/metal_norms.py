@@ -1,6 +1,6 @@
-"""Fused small steps of a layer as Metal kernels: a sum with its RMS norm, and q/k norm, rope and cache write in one.
+"""Small steps as one Metal kernel each: a sum and its norm, a gate and its activation, rope and cache write, copies of pages.
 
-model.py may call it on a Mac. Kernels and small constants are made when they are first used, on the device thread.
+ops.py and metal_cache.py call it on a Mac. Kernels and small constants are made at their first use, on the device thread.
 It must never keep a pool: who calls gives it for one call, and orders readers by the token.
 """
 
@@ -10,9 +10,10 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.mlx.metal import LayerPools
+from backends.mlx.metal import PAGE, LayerPools
 from backends.mlx.metal_library import KernelLibrary, MakeKernel
 from engine.errors import ConfigError
+from engine.model.spec import Activation
 
 __all__ = ["NormKernels", "RopeTable", "rope_table"]
 
@@ -38,7 +39,7 @@ def rope_table(frequencies: NDArray[np.float64], stretch: float = 1.0, *, halves
 
 
 class NormKernels:
-    """Sums, norms and rope. `make_kernel` is mx.fast.metal_kernel, but for tests."""
+    """Sums, norms, activations, rope and copies. `make_kernel` is mx.fast.metal_kernel, but for tests."""
 
     def __init__(self, make_kernel: MakeKernel | None = None) -> None:
         self.library = KernelLibrary(make_kernel)
@@ -61,11 +62,44 @@ class NormKernels:
         )
         return residual, normed
 
+    def gated(self, gate_up: mx.array, activation: Activation) -> mx.array:
+        """activation(gate) * up of (..., 2 F), gate's numbers first: (..., F)."""
+        width = gate_up.shape[-1] // 2
+        if gate_up.shape[-1] % 2 or gate_up.size < 8:
+            raise ConfigError(f"gate_up {gate_up.shape}: it must be (..., 2 F) and have 8 numbers or more")
+        rows = gate_up.reshape(-1, 2 * width)
+        threads = 32 * min(8, -(-width // 128))
+        (out,) = self.library.run(
+            "gated",
+            {"gate_up": rows},
+            {"out": ((len(rows), width), rows.dtype)},
+            {"T": rows.dtype, "GELU": activation == "gelu_tanh"},
+            groups=(-(-width // (4 * threads)), len(rows), 1),
+            threads=threads,
+        )
+        return out.reshape(*gate_up.shape[:-1], width)
+
+    def copy_pages(self, pools: LayerPools, pairs: mx.array) -> mx.array:
+        """Copy pages (source, target), pairs (4 or more, 2) int32, within the pools in place; -1 is for padding.
+
+        No target may be in another pair. Returns the token (1,) that readers of the pools take.
+        """
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or len(pairs) < 4:
+            raise ConfigError(f"pairs of pages {pairs.shape}: they must be (4 or more, 2), pad them with -1")
+        page_bytes = PAGE * pools.keys.shape[1] * pools.keys.shape[2] * pools.keys.itemsize
+        (token,) = self.library.run(
+            "copy_pages",
+            {"pairs": pairs, **self._pools(pools)},
+            {"token": ((1,), mx.float32)},
+            {"C": pools.keys.dtype},
+            groups=(-(-page_bytes // (16 << 10)), len(pairs), 2 if pools.key_scales is None else 4),
+            threads=256,
+        )
+        return token
+
     def rope_and_write(
         self,
-        q: mx.array,
-        keys: mx.array,
-        values: mx.array,
+        qkv: mx.array,
         pools: LayerPools,
         positions: mx.array,
         slots: mx.array,
@@ -73,35 +107,29 @@ class NormKernels:
         norms: tuple[mx.array, mx.array] | None = None,
         epsilon: float = 1e-6,
     ) -> tuple[mx.array, mx.array]:
-        """Norm (if norms are (q's weight, k's weight), each (D,)) and turn q (T, H, D) and keys (T, KV, D), write keys and
-        values to slots (T,) int32 of the pools in place. -> (q turned, token (1,) that readers of the pools take).
+        """Norm (if norms are (q's weight, k's weight), each (D,)) and turn queries and keys of qkv (T, H + 2 KV, D); write
+        keys and values to their slots of the pools in place. positions, slots (T or more,) int32.
+
+        -> (queries turned (T, H, D), token (1,) that readers of the pools take).
         """
-        tokens, heads, head_size = q.shape
-        kv_heads = keys.shape[1]
-        agree = keys.shape == values.shape == (tokens, kv_heads, head_size) and q.dtype == keys.dtype == values.dtype
-        if not agree or positions.size != tokens or slots.size != tokens:
+        tokens, both, head_size = qkv.shape
+        kv_heads = pools.keys.shape[1]
+        heads = both - 2 * kv_heads
+        if heads < 1 or pools.keys.shape[2] != head_size or table.rotary_size > head_size:
             raise ConfigError(
-                f"q {q.shape}, keys {keys.shape}, values {values.shape}, {positions.size} positions, {slots.size} slots: "
-                "tokens, head size and dtype must agree"
-            )
-        if pools.keys.shape[1:] != keys.shape[1:] or table.rotary_size > head_size:
-            raise ConfigError(
-                f"pools {pools.keys.shape} and a rotary size of {table.rotary_size} do not fit keys {keys.shape}: "
+                f"pools {pools.keys.shape} and a rotary size of {table.rotary_size} do not fit qkv {qkv.shape}: "
                 "make them by the model's own heads"
             )
+        if min(positions.size, slots.size) < tokens:
+            raise ConfigError(f"{positions.size} positions, {slots.size} slots for {tokens} tokens: give each token both")
         if any(weight.shape != (head_size,) for weight in norms or ()):
             raise ConfigError(f"norms have a shape other than ({head_size},): give a weight for each number")
-        if self._unused is None:
-            self._unused = mx.zeros((8, 1))
-        unused = self._unused
         group = min(8, tokens * (heads + kv_heads))
-        q_weight, k_weight = norms or (unused, unused)
+        q_weight, k_weight = norms or (self._nothing, self._nothing)
         turned, token = self.library.run(
             "rope_write",
             {
-                "q": q,
-                "keys": keys,
-                "values": values,
+                "qkv": qkv,
                 "positions": _padded(positions, 0),
                 "slots": _padded(slots, -1),
                 "table": table.turns,
@@ -109,14 +137,11 @@ class NormKernels:
                 "q_weight": q_weight,
                 "k_weight": k_weight,
                 "epsilon": self._scalar(epsilon),
-                "key_pool": pools.keys,
-                "value_pool": pools.values,
-                "key_scales": unused if pools.key_scales is None else pools.key_scales,
-                "value_scales": unused if pools.value_scales is None else pools.value_scales,
+                **self._pools(pools),
             },
-            {"turned": (q.shape, q.dtype), "token": ((1,), mx.float32)},
+            {"turned": ((tokens, heads, head_size), qkv.dtype), "token": ((1,), mx.float32)},
             {
-                "T": q.dtype,
+                "T": qkv.dtype,
                 "C": pools.keys.dtype,
                 "H": heads,
                 "KV": kv_heads,
@@ -130,6 +155,20 @@ class NormKernels:
             threads=32 * group,
         )
         return turned, token
+
+    @property
+    def _nothing(self) -> mx.array:
+        if self._unused is None:
+            self._unused = mx.zeros((8, 1))
+        return self._unused
+
+    def _pools(self, pools: LayerPools) -> dict[str, mx.array]:
+        return {
+            "key_pool": pools.keys,
+            "value_pool": pools.values,
+            "key_scales": self._nothing if pools.key_scales is None else pools.key_scales,
+            "value_scales": self._nothing if pools.value_scales is None else pools.value_scales,
+        }
 
     def _scalar(self, value: float) -> mx.array:
         if value not in self._scalars:

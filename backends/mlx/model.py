@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from backends.mlx.cache import StepPages
 from backends.mlx.collective import ALONE, Collective
-from backends.mlx.ops import Ops, choose_experts, gated
+from backends.mlx.ops import Ops, choose_experts
 from backends.mlx.tree import DenseWeights, LayerWeights, MixtureWeights, ModelWeights
 from engine.model.spec import Activation, Dense, Layer, Mixture, ModelSpec
 
@@ -38,8 +38,7 @@ class Model:
         """Attention over the pages, (T, D)."""
         a, tokens = layer.attention, len(normed)
         qkv = plus(w.qkv(normed), w.qkv_bias).reshape(tokens, -1, a.head_size)                    # (T, H + 2 KV, hs)
-        q, keys, values = mx.split(qkv, [a.heads, a.heads + a.kv_heads], axis=1)
-        q = pages.place(number, a, w.head_norms, q, keys, values)  # q/k norm and rope; keys and values are in the cache now
+        q = pages.place(number, a, w.head_norms, qkv)            # q/k norm and rope; keys and values are in the cache now
         mixed = pages.attend(number, a, q).reshape(tokens, -1)                                    # (T, H hs)
         return plus(w.attention_output(mixed), w.attention_output_bias)
 
@@ -47,17 +46,21 @@ class Model:
         """The feed-forward, dense or mixture, (T, D)."""
         match layer.feed_forward, w.feed:
             case Dense(activation=activation), DenseWeights() as feed:
-                return dense_feed(feed, normed, activation)
+                return self.dense_feed(feed, normed, activation)
             case Mixture(activation=activation) as spec, MixtureWeights() as feed:
                 chosen, shares = choose_experts(feed.router(normed), spec)                        # (T, k)
-                answers = feed.down(gated(feed.gate_up(normed, chosen), activation), chosen)      # (T, k, D)
+                answers = feed.down(self.ops.gated(feed.gate_up(normed, chosen), activation), chosen)  # (T, k, D)
                 total = (answers * shares[..., None]).sum(axis=1)
                 if feed.shared is not None and feed.shared_router is not None:
                     share = mx.sigmoid(feed.shared_router(normed).astype(mx.float32))             # (T, 1)
-                    total = total + share * dense_feed(feed.shared, normed, activation)
+                    total = total + share * self.dense_feed(feed.shared, normed, activation)
                 return total.astype(normed.dtype)
             case _:
                 raise AssertionError("the loader makes the weights from the spec")
+
+    def dense_feed(self, w: DenseWeights, x: mx.array, activation: Activation) -> mx.array:
+        """down(activation(gate x) * up x)"""
+        return w.down(self.ops.gated(w.gate_up(x), activation))
 
     def join(
         self, x: mx.array, branch: mx.array, post_norm: mx.array | None, next_norm: mx.array
@@ -69,11 +72,6 @@ class Model:
     def logits(self, states: mx.array) -> mx.array:
         """(n, D) -> (n, V) float32."""
         return self.weights.output(states).astype(mx.float32)
-
-
-def dense_feed(w: DenseWeights, x: mx.array, activation: Activation) -> mx.array:
-    """down(activation(gate x) * up x)"""
-    return w.down(gated(w.gate_up(x), activation))
 
 
 def plus(x: mx.array, bias: mx.array | None) -> mx.array:

@@ -1,7 +1,7 @@
 """The operations of a forward pass, under the names that papers use; each is lazy. model.py and the caches call them.
 
-Where there is Metal, a sum and its norm are one kernel; everything else is MLX's own. Norms, softmax and rotations are
-computed in float32 whatever the activations are; results have the activations' type.
+Where there is Metal, a sum and its norm are one kernel, and so are a gate and its activation; all else is MLX's own.
+Norms, softmax and rotations are computed in float32 whatever the activations are; results have the activations' type.
 """
 
 from math import pi, sqrt
@@ -30,6 +30,10 @@ class Ops:
             return self.norms.add_rms_norm(x, branch, weight, self.epsilon)
         total = x + branch
         return total, self.rms_norm(total, weight)
+
+    def gated(self, gate_up: mx.array, activation: Activation) -> mx.array:
+        """activation(gate) * up of (..., 2 F), gate's numbers first: (..., F)."""
+        return gated(gate_up, activation) if self.norms is None else self.norms.gated(gate_up, activation)
 
 
 def rotate(x: mx.array, cosine: mx.array, sine: mx.array, interleaved: bool) -> mx.array:

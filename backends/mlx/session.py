@@ -22,6 +22,7 @@ from backends.mlx.ops import Ops
 from backends.mlx.sampler import Drawn, draw, resolve
 from backends.mlx.steps import PAGE_TOKENS, PaddedStep
 from backends.mlx.trial import attention_works, norms_work
+from backends.mlx.warm_up import warm_up_steps
 from backends.mlx.weights import load_weights
 from engine.backend import LoadOptions, MemoryStatistics, Progress
 from engine.errors import StepFailed
@@ -83,6 +84,18 @@ class Session:
     def allocate(self, pages: int) -> None:
         self.cache = None                                        # before the new one: both may be large
         self.cache = make_cache(self.spec, self.ops, pages, self.weights.dtype, self.kernels, fp8=self.fp8)
+        if mx.metal.is_available():
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Run a step of each kind, so that no kernel is compiled while somebody waits."""
+        assert self.cache is not None
+        for step in warm_up_steps(self.spec, self.cache.pages):
+            pages = self.cache.open(step, np.zeros((0, 2), np.int32))
+            states = self.model.forward(mx.array(step.tokens), pages)
+            mx.eval(states, *pages.written)
+            if self.collective.rank == 0:
+                mx.eval(self.model.logits(states[:1]))
 
     def memory(self) -> MemoryStatistics:
         cache_bytes = 0 if self.cache is None else self.cache.nbytes

@@ -61,13 +61,16 @@ def normals(seed: int, *shape: int) -> mx.array:
 
 
 def norms_work(norms: NormKernels, spec: ModelSpec, dtype: mx.Dtype) -> bool:
-    """Sums with their norm."""
+    """Sums with their norm, and gates with their activation."""
     fast, plain = Ops(spec.norm_epsilon, norms), Ops(spec.norm_epsilon)
 
     def attempt() -> float:
         x, y = (normals(seed, 5, spec.hidden_size).astype(dtype) for seed in (1, 2))
         weight = (1 + normals(3, spec.hidden_size) / 8).astype(dtype)
         pairs = list(zip(fast.add_rms_norm(x, y, weight), plain.add_rms_norm(x, y, weight), strict=True))
+        for activation in sorted({layer.feed_forward.activation for layer in spec.layers}):
+            gates = normals(4, 5, 2 * spec.hidden_size).astype(dtype)
+            pairs.append((fast.gated(gates, activation), plain.gated(gates, activation)))
         return max(difference(*pair) for pair in pairs)
 
     return works("norms", attempt, TOLERANCES[dtype])
@@ -101,21 +104,20 @@ def attention_works(kernels: PagedKernels, spec: ModelSpec, dtype: mx.Dtype, *, 
 
 
 def attended(cache: Cache, kind: Attention, dtype: mx.Dtype) -> list[mx.array]:
-    """What two sequences see: their prompts, a token each, a token beside a piece of a prompt."""
+    """What two sequences see: their prompts, a token each, a token beside a piece of a prompt, one's page copied before."""
     scales = (1 + normals(5, 2, kind.head_size) / 8).astype(dtype)
     norms = (scales[0], scales[1]) if kind.qk_norm else None
     found = []
-    first, second = [2, 0], [1, 3]
-    for number, rows in enumerate((
-        [(9, 0, first), (40, 0, second)],
-        [(1, 9, first), (1, 40, second)],
-        [(1, 10, first), (3, 41, second)],
+    first, copied, second = [2, 0], [4, 0], [1, 3]
+    for number, (rows, copies) in enumerate((
+        ([(9, 0, first), (40, 0, second)], []),
+        ([(1, 9, first), (1, 40, second)], []),
+        ([(1, 10, copied), (3, 41, second)], [(2, 4)]),
     )):  # fmt: skip
         step = step_of(rows)
         qkv = normals(10 + number, len(step.tokens), kind.heads + 2 * kind.kv_heads, kind.head_size).astype(dtype)
-        pages = cache.open(step, np.zeros((0, 2), np.int32))
-        q, keys, values = mx.split(qkv, [kind.heads, kind.heads + kind.kv_heads], axis=1)
-        mixed = pages.attend(0, kind, pages.place(0, kind, norms, q, keys, values))
+        pages = cache.open(step, np.array(copies, np.int32).reshape(-1, 2))
+        mixed = pages.attend(0, kind, pages.place(0, kind, norms, qkv))
         mx.eval(mixed, *pages.written)
         found.append(mixed[: step.count])
     return found

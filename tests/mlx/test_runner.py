@@ -17,6 +17,7 @@ from backends.mlx.runner import MlxBackend
 from engine.backend import LoadOptions, create_backend
 from engine.errors import BackendError, ConfigError, StepFailed, UnsupportedModel
 from tests.mlx.backends import NATIVE, loaded, logits_of_cpu, logits_of_mlx, metal_kernel, mlx_backend, quiet
+from tests.mlx.shim import ShimMetal
 from tests.support.random_models import RandomSource, small_model
 from tests.support.steps import build_step, ints
 
@@ -133,4 +134,24 @@ def test_the_kernels_and_the_fp8_cache_are_used_where_they_can_be() -> None:
     backend = mlx_backend(spec, RandomSource(spec, tensors.types), make_kernel=metal_kernel(), fp8_kvcache=True)
     assert isinstance(backend.session.cache, MetalCache)
     assert backend.session.cache.pools[0].keys.itemsize == 1
+    backend.close()
+
+
+@pytest.mark.skipif(NATIVE, reason="counts what the shim compiles")
+def test_after_the_warm_up_no_step_needs_another_variant_of_a_kernel() -> None:
+    shim = ShimMetal((0,))
+    spec, tensors = small_model("k-quants")
+    backend = mlx_backend(spec, tensors, make_kernel=shim.metal_kernel, pages=24)
+    backend.session.warm_up()
+    known = set(shim.generated)
+    assert known
+    table = list(range(16))
+    prompt = [3] * 40
+    for rows in (
+        [(prompt, 0, table)], [([5], 40, table), ([6] * 7, 0, [20])], [([7], 500, table)],
+        *([([8], 100 + number, table)] * number for number in range(1, 9)), [([9], 300, table)] * 13,
+    ):  # fmt: skip
+        backend.wait(backend.submit(build_step(rows)))
+    new = [text.split("\n")[0] for key, text in shim.generated.items() if key not in known]
+    assert new == []
     backend.close()

@@ -1,6 +1,6 @@
 """The MLX sampler alone: given the same logits it draws what the CPU backend draws.
 
-Its exponentials and sums are MLX's, in another order than the CPU's, so a draw that falls on the border between two tokens, or
+Its exponentials and sums are MLX's, in another order than the CPU's: a draw that falls on the border between two tokens, or
 a cut of top-p that does, may come out as the other one: that is allowed for one place in 400, and for no greedy one.
 """
 

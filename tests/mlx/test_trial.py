@@ -50,7 +50,7 @@ def broken(caplog):
     return check
 
 
-@pytest.mark.parametrize("kernel", ["attend_prefill", "attend_decode", "rope_write"])
+@pytest.mark.parametrize("kernel", ["attend_prefill", "attend_decode", "rope_write", "copy_pages"])
 def test_attention_that_does_not_compile_is_mlx_s_own(broken, kernel) -> None:
     session = broken(kernel, uncompilable, "attention: MLX's own operations, which are slower, as the Metal kernel fails:")
     assert isinstance(session.cache, PortableCache)
@@ -64,8 +64,9 @@ def test_attention_with_wrong_numbers_is_mlx_s_own(broken) -> None:
     assert isinstance(session.cache, PortableCache)
 
 
-def test_norms_that_do_not_compile_are_mlx_s_own(broken) -> None:
-    session = broken("add_rms_norm", uncompilable, "norms: MLX's own operations")
+@pytest.mark.parametrize("kernel", ["add_rms_norm", "gated"])
+def test_norms_that_do_not_compile_are_mlx_s_own(broken, kernel) -> None:
+    session = broken(kernel, uncompilable, "norms: MLX's own operations")
     assert session.ops.norms is None
     assert isinstance(session.cache, MetalCache)
 

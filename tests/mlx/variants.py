@@ -53,8 +53,8 @@ def grouping_calls() -> Iterator[Call]:
 def call_groupings(kernels, norms, group):
     """Heads on one KV head and contexts of every number of splits, for one token: the constants that follow from shapes."""
     pools, one = pools_of(128, "bfloat16", kv_heads=1), mx.zeros(8, mx.int32)
-    q, new = mx.zeros((1, group, 128), mx.bfloat16), mx.zeros((1, 1, 128), mx.bfloat16)
-    _, token = norms.rope_and_write(q, new, new, pools, one[:1], one[:1], rope_table(np.ones(64), halves=True))
+    q, qkv = mx.zeros((1, group, 128), mx.bfloat16), mx.zeros((1, group + 2, 128), mx.bfloat16)
+    _, token = norms.rope_and_write(qkv, pools, one, one, rope_table(np.ones(64), halves=True))
     for splits in (1, 2, 4, 8, 16, 32):
         kernels.attend_decode(q, pools, mx.zeros((1, 8 * splits), mx.int32), one[:1], token, 0.125)
     kernels.attend_prefill(q, pools, mx.zeros((1, 8), mx.int32), one[:2], one[:1], token, 0.125)
@@ -73,10 +73,12 @@ def norm_calls() -> Iterator[Call]:
 
 
 def call_norms(kernels, dtype):
-    """A sum and its norm for each width."""
+    """A sum and its norm for each width, and activations."""
     for width in WIDTHS:
         x = mx.zeros((8, width), dtype)
         kernels.add_rms_norm(x, x, mx.zeros(width, dtype), 1e-6)
+    for activation in ("silu", "gelu_tanh"):
+        kernels.gated(mx.zeros((8, 2048), dtype), activation)
 
 
 def rope_calls() -> Iterator[Call]:
@@ -100,11 +102,17 @@ def call_rope(kernels, size, dtype, item, halves, norm, rotary):
     table = rope_table(np.ones(rotary // 2), halves=halves)
     norms = (mx.zeros(size, dtype), mx.zeros(size, dtype)) if norm else None
     ints = mx.zeros(8, mx.int32)
-    q, new = mx.zeros((8, 8, size), dtype), mx.zeros((8, 2, size), dtype)
-    kernels.rope_and_write(q, new, new, pools_of(size, item), ints, ints, table, norms)
+    kernels.rope_and_write(mx.zeros((8, 8 + 2 * 2, size), dtype), pools_of(size, item), ints, ints, table, norms)
 
 
-CALLS: list[Callable[[], Iterator[Call]]] = [attention_calls, grouping_calls, norm_calls, rope_calls, product_calls]
+def copy_calls() -> Iterator[Call]:
+    for item in (*DTYPES, "int8", "e4m3"):
+        yield item, lambda make, item=item: NormKernels(make).copy_pages(pools_of(128, item), mx.zeros((4, 2), mx.int32))
+
+
+CALLS: list[Callable[[], Iterator[Call]]] = [
+    attention_calls, grouping_calls, norm_calls, rope_calls, copy_calls, product_calls,
+]  # fmt: skip
 
 
 def generated() -> Iterator[tuple[str, dict[str, str]]]:

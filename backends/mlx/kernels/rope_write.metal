@@ -1,17 +1,18 @@
 // Queries and keys, normed for each head if NORM, are turned by their positions; keys and values then go to their slots of
-// the pools in place, as write_cache writes them (the token says when). A slot outside of the pool is left out.
+// the pools in place, as write_cache writes them (the token says when). A slot outside of the pool is left out. The three
+// come as the one product they are made by: a token's H heads of queries, KV of keys, KV of values.
 //
 // Bytes read for each output number: the number itself, once; 8 bytes of table for two numbers (from cache).
 // Launch: a simdgroup has one head of one token, keys and values of one KV head together; a lane holds up to 4 pairs in
 // registers, so nothing is exchanged but the sum of squares and the largest number. GROUP simdgroups in a threadgroup.
 // A frequency is a part of a turn in 64 bits (high, low): position times it, without whole turns, is exact at any position.
-// T: numbers of q, keys, values, turned; C: of the pools. q, turned (tokens, H, D); keys, values (tokens, KV, D);
-// table (ROTARY / 2 or more, 2); positions, slots (tokens). HALVES: pairs are (i, i + ROTARY / 2), else (2 i, 2 i + 1).
+// T: numbers of qkv and turned; C: of the pools. qkv (tokens, H + 2 KV, D); turned (tokens, H, D); positions, slots (tokens
+// or more); table (ROTARY / 2 or more, 2). HALVES: pairs are (i, i + ROTARY / 2), else (2 i, 2 i + 1).
 constexpr int PAIRS = (D / 2 + 31) / 32;
 const int lane = thread_index_in_simdgroup;
 const int pair = threadgroup_position_in_grid.x * GROUP + simdgroup_index_in_threadgroup;
 if (thread_position_in_grid.x == 0) token[0] = 1.0f;
-if (pair >= q_shape[0] * (H + KV)) return;
+if (pair >= qkv_shape[0] * (H + KV)) return;
 const int row = pair / (H + KV), head = pair % (H + KV);
 const bool query = head < H;
 const int slot = slots[row];
@@ -19,8 +20,7 @@ const bool kept = slot >= 0 && slot < key_pool_shape[0];
 if (!query && !kept) return;
 for (int which = 0; which < (query ? 1 : 2); which++) {
     const bool turns = which == 0;
-    const size_t row_head = size_t(row) * (query ? H : KV) + (query ? head : head - H);
-    const device T* from = (query ? q : turns ? keys : values) + row_head * D;
+    const device T* from = qkv + (size_t(row) * (H + 2 * KV) + head + (turns ? 0 : KV)) * D;
     float one[PAIRS], two[PAIRS];
     int first[PAIRS], second[PAIRS];
     float squares = 0.0f;
@@ -54,7 +54,7 @@ for (int which = 0; which < (query ? 1 : 2); which++) {
         two[i] = y * c + x * s;
     }
     if (query) {
-        device T* to = turned + row_head * D;
+        device T* to = turned + (size_t(row) * H + head) * D;
         for (int i = 0; i < PAIRS; i++) {
             if (lane + 32 * i >= D / 2) continue;
             to[first[i]] = T(one[i]);
