@@ -73,6 +73,56 @@ def q6_k(blocks: mx.array) -> mx.array:
     return scaled(codes.astype(mx.int8) - 32, scales).reshape(-1, 256)
 
 
+# ---- blocks of 32 -------------------------------------------------------------------------------------------------------
+
+LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)     # of IQ4_NL and IQ4_XS
+
+
+def fifth_bits(data: mx.array) -> mx.array:
+    """(n, 4) bytes -> their 32 bits, lowest first, each as 16: (n, 32)."""
+    bits = (data[:, :, None] >> mx.arange(8, dtype=mx.uint8)) & mx.array(1, mx.uint8)
+    return bits.reshape(-1, 32) << 4
+
+
+def levels(codes: mx.array) -> mx.array:
+    return mx.array(LEVELS, mx.float32)[codes]
+
+
+def q4_0(blocks: mx.array) -> mx.array:
+    return half(blocks, 0) * (fields(blocks[:, 2:18], 16, 4, 2).astype(mx.int8) - 8).astype(mx.float32)
+
+
+def q4_1(blocks: mx.array) -> mx.array:
+    return half(blocks, 0) * fields(blocks[:, 4:20], 16, 4, 2).astype(mx.float32) + half(blocks, 2)
+
+
+def q5_0(blocks: mx.array) -> mx.array:
+    codes = fields(blocks[:, 6:22], 16, 4, 2) | fifth_bits(blocks[:, 2:6])
+    return half(blocks, 0) * (codes.astype(mx.int8) - 16).astype(mx.float32)
+
+
+def q5_1(blocks: mx.array) -> mx.array:
+    codes = fields(blocks[:, 8:24], 16, 4, 2) | fifth_bits(blocks[:, 4:8])
+    return half(blocks, 0) * codes.astype(mx.float32) + half(blocks, 2)
+
+
+def q8_0(blocks: mx.array) -> mx.array:
+    return half(blocks, 0) * blocks[:, 2:34].view(mx.int8).astype(mx.float32)
+
+
+def iq4_nl(blocks: mx.array) -> mx.array:
+    return half(blocks, 0) * levels(fields(blocks[:, 2:18], 16, 4, 2))
+
+
+def iq4_xs(blocks: mx.array) -> mx.array:
+    high = fields(blocks[:, 2:4], 1, 2, 4)                                                        # (n, 8)
+    packed = fields(blocks[:, 4:8], 1, 4, 2) | (high << 4)
+    scales = half(blocks, 0) * (packed.astype(mx.int8) - 32).astype(mx.float32)
+    codes = levels(fields(blocks[:, 8:136], 16, 4, 2)).reshape(-1, 8, 32)
+    return (codes * scales[:, :, None]).reshape(-1, 256)
+
+
 DEQUANTIZERS: dict[str, Callable[[mx.array], mx.array]] = {
-    "Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k
+    "Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k, "Q4_0": q4_0, "Q4_1": q4_1, "Q5_0": q5_0,
+    "Q5_1": q5_1, "Q8_0": q8_0, "IQ4_NL": iq4_nl, "IQ4_XS": iq4_xs,
 }  # fmt: skip

@@ -13,9 +13,13 @@ import mlx.core as mx
 from backends.mlx.metal_library import Constant, KernelLibrary, MakeKernel
 from engine.errors import ConfigError
 
-__all__ = ["BLOCK_BYTES", "MOST_TOKENS", "BlockProduct", "ProductKernels"]
+__all__ = ["BLOCK_BYTES", "BLOCK_WEIGHTS", "MOST_TOKENS", "BlockProduct", "ProductKernels"]
 
-BLOCK_BYTES = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}     # of 256 weights
+KINDS = {"Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6, "Q4_0": 40, "Q4_1": 41, "Q5_0": 50, "Q5_1": 51, "Q8_0": 80,
+         "IQ4_NL": 90, "IQ4_XS": 91}  # fmt: skip
+BLOCK_BYTES = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22,
+               "Q5_1": 24, "Q8_0": 34, "IQ4_NL": 18, "IQ4_XS": 136}  # fmt: skip
+BLOCK_WEIGHTS = {kind: 256 if size > 34 else 32 for kind, size in BLOCK_BYTES.items()}
 MOST_TOKENS = 8              # that a matvec takes
 SORTED_PER_EXPERT = 4        # choices, from which on tiles beat a product per choice
 MANY_GROUPS = 128            # threadgroups that fill the GPU, so that larger tiles pay
@@ -30,7 +34,7 @@ class ProductKernels:
         self._nothing: mx.array | None = None
 
     def block_matvec(self, x: mx.array, blocks: mx.array, kind: str) -> mx.array:
-        """x (M, K) times the transpose of blocks (N, K / 256 * bytes of a block) uint8 -> (M, N), x's dtype, M from 1 to 8.
+        """x (M, K) times the transpose of blocks (N, bytes of a row) uint8 -> (M, N), x's dtype, M from 1 to 8.
 
         Sums are float32. kind is a key of BLOCK_BYTES. Raises ConfigError for what has no kernel.
         """
@@ -73,11 +77,11 @@ class ProductKernels:
         self, x: mx.array, blocks: mx.array, chosen: mx.array, kind: str, *, tokens: int, shared: int, lines: int
     ) -> mx.array:
         """lines: products, of `tokens` tokens each."""
-        count = x.shape[-1] // 256
+        count = -(-x.shape[-1] // 256)
         rows = 4 if tokens <= 4 else 2                               # what the registers hold
         parts = 1 if count <= 4 else 2 if count <= 12 else 4
         constants: Mapping[str, Constant] = {
-            "T": x.dtype, "KIND": int(kind[1]), "M": tokens, "ROWS": rows, "PARTS": parts, "SHARED": shared
+            "T": x.dtype, "KIND": KINDS[kind], "M": tokens, "ROWS": rows, "PARTS": parts, "SHARED": shared
         }  # fmt: skip
         (out,) = self.library.run(
             "block_matvec",
@@ -97,7 +101,7 @@ class ProductKernels:
         count = blocks.shape[-2]
         rows = 64 if -(-count // 64) * tiles >= MANY_GROUPS else 32
         constants: Mapping[str, Constant] = {
-            "T": x.dtype, "KIND": int(kind[1]), "ROWS": rows, "TOKENS": tokens, "SHARED": shared
+            "T": x.dtype, "KIND": KINDS[kind], "ROWS": rows, "TOKENS": tokens, "SHARED": shared
         }  # fmt: skip
         (out,) = self.library.run(
             "block_matmul",
@@ -144,8 +148,9 @@ def check(x: mx.array, blocks: mx.array, kind: str, axes: int) -> None:
     if not 2 <= x.ndim <= axes or not x.size:
         raise ConfigError(f"x has shape {x.shape}, it must be (1 token or more, K)")
     columns = x.shape[-1]
-    row_bytes = columns // 256 * BLOCK_BYTES[kind]
-    if columns % 256 or blocks.ndim != axes or not blocks.size or blocks.shape[-1] != row_bytes:
+    weights = BLOCK_WEIGHTS[kind]
+    row_bytes = columns // weights * BLOCK_BYTES[kind]
+    if columns % weights or blocks.ndim != axes or not blocks.size or blocks.shape[-1] != row_bytes:
         shape = "(N, " if axes == 2 else "(E, N, "
         raise ConfigError(f"blocks have shape {blocks.shape}, for x {x.shape} they must be {shape}{row_bytes})")
 

@@ -20,7 +20,7 @@ from backends.mlx.metal_products import ProductKernels
 from backends.mlx.model import Model
 from backends.mlx.ops import Ops
 from backends.mlx.sampler import Drawn, draw, resolve
-from backends.mlx.steps import PAGE_TOKENS, PaddedStep
+from backends.mlx.steps import PAGE_TOKENS, PaddedStep, rounded_up
 from backends.mlx.trial import attention_works, norms_work
 from backends.mlx.warm_up import warm_up_steps
 from backends.mlx.weights import load_weights
@@ -95,7 +95,13 @@ class Session:
             states = self.model.forward(mx.array(step.tokens), pages)
             mx.eval(states, *pages.written)
             if self.collective.rank == 0:
-                mx.eval(self.model.logits(states[:1]))
+                mx.eval(self.logits(states, np.arange(len(step.row_starts) - 1, dtype=np.int32)))
+
+    def logits(self, states: mx.array, at: IntArray) -> mx.array:
+        """Of some of the states, (n, V) float32: computed for as many as a kernel is there for."""
+        padded = np.pad(at, (0, rounded_up(len(at)) - len(at)))
+        found = self.model.logits(states[mx.array(padded)])
+        return found if len(padded) == len(at) else found[: len(at)]
 
     def memory(self) -> MemoryStatistics:
         cache_bytes = 0 if self.cache is None else self.cache.nbytes
@@ -114,7 +120,7 @@ class Session:
         states = self.model.forward(resolve(padded.tokens, self.newest), pages)                   # (T, D)
 
         def logits(at: IntArray) -> mx.array:
-            return self.model.logits(states[mx.array(at)])
+            return self.logits(states, at)
 
         if self.collective.rank == 0:
             drawn = draw(step, self.newest, logits)

@@ -12,14 +12,16 @@ from engine.step import IntArray, StepInput
 __all__ = ["PAGE_TOKENS", "PaddedStep", "rounded_up"]
 
 PAGE_TOKENS = 32
-EXACT, FINE, COARSE = 8, 64, 32
+EIGHT, FINE, COARSE = 8, 64, 32
 
 
 def rounded_up(count: int) -> int:
-    """The next size: every one up to 8, as a product costs by the token there; then eights, then matrix tiles."""
-    if count <= EXACT:
+    """The next size: powers of two up to 8, as kernels are compiled for each; then eights, then matrix tiles."""
+    if count <= 1:
         return count
-    step = EXACT if count <= FINE else COARSE
+    if count <= EIGHT:
+        return 1 << (count - 1).bit_length()
+    step = EIGHT if count <= FINE else COARSE
     return -(-count // step) * step
 
 

@@ -14,7 +14,7 @@ from engine.model.spec import ModelSpec
 
 __all__ = ["warm_up_steps"]
 
-ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
+ROWS = (1, 2, 4, 8, 16, 32)
 PROMPT = 64              # tokens
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from backends.mlx.metal_products import BLOCK_BYTES, ProductKernels
+from backends.mlx.metal_products import BLOCK_BYTES, BLOCK_WEIGHTS, ProductKernels
 
 __all__ = ["product_calls"]
 
@@ -20,14 +20,14 @@ def product_calls() -> Iterator[tuple[str, object]]:
 
 
 def call_products(kernels, kind, dtype):
-    """1 to 8 tokens at three widths, tiles of 16 and 32 tokens and of 32 and 64 rows, experts of both."""
+    """1, 2, 4 and 8 tokens at three widths, tiles of 16 and 32 tokens and of 32 and 64 rows, experts of both."""
     dtype = DTYPES[dtype]
 
     def shape(*outer, columns=256):
-        return mx.zeros((*outer, columns // 256 * BLOCK_BYTES[kind]), mx.uint8)
+        return mx.zeros((*outer, columns // BLOCK_WEIGHTS[kind] * BLOCK_BYTES[kind]), mx.uint8)
 
     for columns in COLUMNS:
-        for tokens in range(1, 9):
+        for tokens in (1, 2, 4, 8):
             kernels.block_matvec(mx.zeros((tokens, columns), dtype), shape(8, columns=columns), kind)
     for tokens in (16, 32):
         for rows in (8, MANY):

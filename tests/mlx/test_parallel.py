@@ -211,7 +211,7 @@ def test_ranks_end_by_themselves_when_nobody_gives_orders_any_more() -> None:
         for peer in backend._team.peers:
             peer.connection.close()
         for process in processes(backend):
-            assert process.wait(BOUND_S) == 0
+            assert process.wait(BOUND_S) in (0, -signal.SIGTERM)       # the team, which sees one lost, may be faster
 
 
 @pytest.mark.parametrize(("open_with", "error", "says"), [
