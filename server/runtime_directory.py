@@ -130,7 +130,10 @@ def _home() -> Path:
     """This user's part of where the system wants such directories; of the folder for temporary files if there is none."""
     wanted = os.environ.get("XDG_RUNTIME_DIR", "")
     root = Path(wanted) if wanted and os.access(wanted, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
-    return root / ("rillet" if sys.platform == "win32" else f"rillet-{os.getuid()}")
+    user = ""                                            # Windows has such a folder for each user
+    if sys.platform != "win32":
+        user = f"-{os.getuid()}"
+    return root / f"rillet{user}"
 
 
 def _make_private(path: Path) -> None:

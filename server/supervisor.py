@@ -71,7 +71,7 @@ class Supervisor:
             _, late = await asyncio.wait(workers, timeout=self._settings.drain_s + FLUSH_S + CLOSE_S + KILL_S)
             if late:
                 log.error("%d workers do not end: they are killed", len(late))
-                self._signal(signal.SIGKILL)
+                self._kill()
             await asyncio.gather(*workers)
         return self._code
 
@@ -157,10 +157,14 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGTERM, self._ending.set)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
 
+    def _kill(self) -> None:
+        if sys.platform != "win32":
+            self._signal(signal.SIGKILL)
+
     def _interrupt(self) -> None:
         """Ctrl-C reaches the workers too; the second one ends all at once."""
         self._interrupts += 1
         self._ending.set()
         if self._interrupts > 1:
-            self._signal(signal.SIGKILL)
+            self._kill()
             leave(INTERRUPTED)

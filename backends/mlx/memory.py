@@ -4,6 +4,7 @@ Metal ends the process when an allocation cannot be had, so the pool of pages is
 """
 
 import os
+import sys
 from math import prod
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def available_bytes(spec: ModelSpec, tokens: int, ranks: int = 1) -> int:
     if MEMINFO.exists():
         lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines() if ":" in line)
         free = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else free
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+    elif sys.platform != "win32" and "SC_AVPHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(0, free // ranks - scratch_bytes(spec, tokens))
 

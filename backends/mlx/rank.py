@@ -127,9 +127,11 @@ class Rank:
         module, _, function = settings.opener.partition(":")
         self.open_model = cast(Callable[[str], OpenModel], getattr(import_module(module), function))
         self.settings, self.connection = settings, connection
-        signal.alarm(MEETING_S)          # which ends a process even while MLX holds all its threads
+        if sys.platform != "win32":
+            signal.alarm(MEETING_S)      # which ends a process even while MLX holds all its threads
         self.collective = meet(settings.rank, settings.ranks)
-        signal.alarm(0)
+        if sys.platform != "win32":
+            signal.alarm(0)
         self.backend: MlxBackend | None = None
         self.tickets: deque[Ticket] = deque()
 

@@ -201,6 +201,7 @@ def reserved_port() -> socket.socket:
     """A port that nobody else is given, but that a process of the same user may bind too, as MLX's ring does."""
     held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if sys.platform != "win32":
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     held.bind((HOST, 0))
     return held
