@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.mlx.choosing import Settings, choose, largest
+from backends.mlx.choosing import Settings, choose, largest, log_sum
 from backends.mlx.philox import uniforms
 from engine.step import FloatArray, IntArray, StepInput, StepOutput
 
@@ -193,7 +193,7 @@ class Places:
 
     def score(self, raw: mx.array, drawn: mx.array, most: int) -> Scores:
         """Logprobs of the raw model; `most` alternatives beside them."""
-        whole = mx.logsumexp(raw, axis=1, keepdims=True)
+        whole = log_sum(raw)
         asked = mx.array(self.step.score[self.mine])
         wanted = mx.where(asked >= 0, asked, mx.maximum(drawn, 0))[:, None]
         logprobs = (mx.take_along_axis(raw, wanted, axis=1) - whole).squeeze(1)
@@ -204,7 +204,8 @@ class Places:
         equal = raw == least
         ties = most - (raw > least).sum(axis=1, keepdims=True)
         best = (raw > least) | (equal & (mx.cumsum(equal.astype(mx.int32), axis=1) <= ties))
-        numbers = mx.where(best, mx.arange(raw.shape[1], dtype=mx.int32), raw.shape[1])
-        ids = mx.sort(mx.partition(numbers, most - 1, axis=1)[:, :most], axis=1)
+        # Negative ids in float32, which has every integer up to 2^24: the largest of them are the lowest ids.
+        numbers = mx.where(best, -mx.arange(raw.shape[1], dtype=mx.float32), -raw.shape[1])
+        ids = mx.sort(-largest(numbers, most), axis=1).astype(mx.int32)
         ids = mx.minimum(ids, raw.shape[1] - 1)                                # logits that are no numbers have no best
         return Scores(logprobs, ids, mx.take_along_axis(raw, ids, axis=1) - whole)
