@@ -27,6 +27,7 @@ from engine.errors import (
 )
 from engine.flags import FLAGS, Flag, parse_environment, parse_flags
 from engine.metrics import Histogram, Metrics, Statistics
+from engine.model_facts import ModelFacts
 from engine.remote import RemoteEngine
 from engine.remote_service import EngineService
 from engine.sampling import BOUNDS as SAMPLING_BOUNDS
@@ -77,6 +78,7 @@ __all__ = [
     "Message",
     "Metrics",
     "ModelError",
+    "ModelFacts",
     "ModelNotFound",
     "OutOfDeviceMemory",
     "Overloaded",

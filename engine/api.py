@@ -29,6 +29,7 @@ from engine.loading import Running, load
 from engine.masks import Matcher
 from engine.metrics import Metrics, Statistics
 from engine.model.spec import ModelSpec
+from engine.model_facts import ModelFacts
 from engine.prompts import Prompt
 from engine.sampling import SamplingParams, merge
 from engine.sequence import Request, Sequence
@@ -334,6 +335,11 @@ class Engine:
     def dialect(self) -> Dialect:
         """How this model calls tools and thinks."""
         return self._live.dialect
+
+    @property
+    def model_facts(self) -> ModelFacts:
+        """Family, size and storage, for those who show them."""
+        return self._live.facts
 
     @property
     def max_num_seqs(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from engine.errors import UnknownModel
 from engine.metrics import Statistics
+from engine.model_facts import ModelFacts
 from engine.sampling import SamplingParams
 from engine.sequence import TokenLogprobs
 from engine.step import FloatArray
@@ -74,6 +75,10 @@ class EngineClient(Protocol):
     def device(self) -> str: ...
     @property
     def has_chat_template(self) -> bool: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def model_facts(self) -> ModelFacts: ...
     @property
     def sampling_defaults(self) -> dict[str, float | int]: ...
     @property

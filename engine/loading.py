@@ -18,6 +18,7 @@ from engine.core import Core, DeviceThread, loop_caller
 from engine.errors import ConfigError, UnsupportedModel
 from engine.metrics import Metrics
 from engine.model.spec import ModelSpec
+from engine.model_facts import ModelFacts, model_facts
 from engine.pages import PagePool
 from engine.prompts import PromptReader
 from engine.scheduler import Limits, Scheduler
@@ -38,7 +39,7 @@ class Running:
 
     def __init__(
         self, checkpoint: Checkpoint, backend: Backend, device: DeviceThread, scheduler: Scheduler, core: Core,
-        prompts: PromptReader, template_source: str | None, dialect: Dialect,
+        prompts: PromptReader, template_source: str | None, dialect: Dialect, facts: ModelFacts,
     ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.backend = backend
@@ -48,6 +49,7 @@ class Running:
         self.prompts = prompts
         self.template_source = template_source           # None: it has no chat template
         self.dialect = dialect
+        self.facts = facts
         self.grammars = Grammars(checkpoint.tokenizer, checkpoint.spec.vocabulary_size, checkpoint.end_ids)
         self.on_loop = loop_caller()
         self.token = current_token()
@@ -138,7 +140,7 @@ async def _fill(
     )  # fmt: skip
     source = None if template is None else template.tools_source
     dialect = choose_dialect(source, tools=config.tool_call_parser, reasoning=config.reasoning_parser)
-    return Running(checkpoint, backend, device, scheduler, core, prompts, source, dialect)
+    return Running(checkpoint, backend, device, scheduler, core, prompts, source, dialect, model_facts(checkpoint))
 
 
 def _template(checkpoint: Checkpoint, override: str | None) -> ChatTemplate | None:

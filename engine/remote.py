@@ -23,6 +23,7 @@ from engine.core import loop_caller
 from engine.deltas import Delta, DeltaStream, Usage
 from engine.errors import EngineClosed
 from engine.metrics import Statistics
+from engine.model_facts import ModelFacts
 from engine.remote_link import TELL_AT, Link, RemoteMailbox
 from engine.remote_messages import Failed, Loading, Method, Ready, decode_value, pack_params, unpack_error
 from engine.sampling import SamplingParams, merge
@@ -306,6 +307,14 @@ class RemoteEngine:
     @property
     def has_chat_template(self) -> bool:
         return self._live_facts.has_chat_template
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._live_facts.dialect[0]
+
+    @property
+    def model_facts(self) -> ModelFacts:
+        return self._live_facts.model_facts
 
     @property
     def device(self) -> str:

@@ -16,6 +16,7 @@ from engine import errors
 from engine.deltas import Delta
 from engine.errors import BadModelFile, InvalidRequest, Overloaded, RequestError, RilletError
 from engine.metrics import Histogram
+from engine.model_facts import ModelFacts
 from engine.sampling import SamplingParams
 from engine.sequence import Logprob, TokenLogprobs
 from engine.text.grammar import Grammar
@@ -94,6 +95,7 @@ class Ready(msgspec.Struct, array_like=True, tag=2):
     max_num_seqs: int
     device: str
     has_chat_template: bool
+    model_facts: ModelFacts
     sampling_defaults: dict[str, int | float]
     dialect: tuple[str | None, str | None, str | None]   # source of the chat template, names of tools and reasoning
     pieces: tuple[bytes, ...]

@@ -133,7 +133,8 @@ def ready(engine: Engine) -> Ready:
     return Ready(
         model_name=engine.model_name, model_names=engine.model_names, context_length=engine.context_length,
         max_num_seqs=engine.max_num_seqs, device=engine.device, has_chat_template=engine.has_chat_template,
-        sampling_defaults=engine.sampling_defaults, dialect=(engine.chat_template, dialect.tools, dialect.reasoning),
+        model_facts=engine.model_facts, sampling_defaults=engine.sampling_defaults,
+        dialect=(engine.chat_template, dialect.tools, dialect.reasoning),
         pieces=tokenizer.pieces, special_ids=tokenizer.special_ids, bos_id=tokenizer.bos_id,
         drops_first_space=tokenizer.drops_first_space,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
 
-from engine import ConfigError, RilletError
+from engine import ConfigError
 from server.app import RilletApp, create_app
 from server.host import leave
 from server.settings import ServerSettings, configure_logging, settings_from_flags, variables_of
@@ -139,8 +139,7 @@ class Process:
         try:
             await asyncio.wait([asked, failed, serving], return_when=asyncio.FIRST_COMPLETED)
             if failed.done():
-                print(f"rillet: {_sentence(host.failure)}", file=sys.stderr, flush=True)
-                await self._flush()
+                await self._flush()                      # the host has logged why
                 return FAILED
             if serving.done():
                 return FAILED
@@ -160,8 +159,9 @@ class Process:
 
     async def _drain(self, failed: "asyncio.Task[Exception]") -> None:
         if open_answers := len(self.app.connections):
+            answers = "1 answer" if open_answers == 1 else f"{open_answers} answers"
             print(
-                f"rillet: ending; {open_answers} answers may go on for {self.app.settings.drain_s:g} s, Ctrl-C ends at once",
+                f"rillet: ending; {answers} may go on for {self.app.settings.drain_s:g} s, Ctrl-C ends at once",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
         drain = asyncio.create_task(self.app.host.drain(self.app.settings.drain_s))
@@ -200,10 +200,6 @@ class Process:
             if self._interrupts > 1:
                 leave(INTERRUPTED)
         self._asked_to_end.set()
-
-
-def _sentence(error: Exception | None) -> str:
-    return str(error) if isinstance(error, RilletError) else f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -3,14 +3,15 @@
 /health says whether the process should live (200 while loading), /ready whether it should get requests.
 """
 
+from datetime import UTC, datetime
 from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
-from quart import Quart, Response
+from quart import Quart, Response, request
 
 from engine import __version__
 from server.host import EngineHost, parts_of
-from server.responses import ModelCard, ModelList
+from server.responses import AnthropicModelCard, AnthropicModelList, ModelCard, ModelList
 from server.sse import encode
 
 __all__ = ["ServerState", "Version", "register"]
@@ -86,13 +87,26 @@ def version() -> Response:
 
 
 def models(host: EngineHost) -> Response:
+    if _asked_by_anthropic():
+        card = _anthropic_card(host)
+        return _json(AnthropicModelList([card], first_id=card.id, last_id=card.id))
     return _json(ModelList([_card(host)]))
 
 
 def model(host: EngineHost, name: str) -> Response:
     """Any of the names by which requests may call the model; UnknownModel for others."""
     host.engine.check_model(name)
-    return _json(_card(host))
+    return _json(_anthropic_card(host) if _asked_by_anthropic() else _card(host))
+
+
+def _asked_by_anthropic() -> bool:
+    return "anthropic-version" in request.headers
+
+
+def _anthropic_card(host: EngineHost) -> AnthropicModelCard:
+    name = host.engine.model_name
+    since = datetime.fromtimestamp(host.created, UTC).isoformat().replace("+00:00", "Z")
+    return AnthropicModelCard(name, display_name=name, created_at=since)
 
 
 def _card(host: EngineHost) -> ModelCard:

@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from quart import Quart, Response, request
+from werkzeug.exceptions import NotFound
 
 from engine import Engine, EngineConfig, RilletError
 from server import (
@@ -29,6 +30,7 @@ from server import (
     responses_api,
     tokenizing,
 )
+from server.addresses import explained
 from server.auth import Keys
 from server.bodies import Bodies
 from server.connections import Connections
@@ -37,7 +39,7 @@ from server.host import EngineHost, MakeEngine, leave
 from server.runtime_directory import RuntimeDirectory
 from server.settings import ServerSettings, configure_logging, settings_from_environment
 from server.shared_engine import SharedEngine
-from server.transport import Termination, graceful_timeout_s, terminated_of, workers_of
+from server.transport import Termination, graceful_timeout_s, grant_time, terminated_of, workers_of
 
 __all__ = ["RilletApp", "app", "create_app"]
 
@@ -46,6 +48,8 @@ log = logging.getLogger("rillet.server")
 ROUTES = (
     cors, metrics, chat, messages, responses_api, completions, embeddings, ollama, tokenizing, admin, openapi, page_routes,
 )  # fmt: skip
+FAILED = 1                                               # exit code
+FLUSH_S = 5.0                                            # for last events to reach their clients after the drain
 LAST_WORDS_S = 2.0                                       # for which the app still answers why the engine failed
 
 
@@ -97,6 +101,8 @@ def create_app(
 
     @app.errorhandler(Exception)
     async def tell(error: Exception) -> Response:
+        if isinstance(error, NotFound):
+            error = explained(app, request.path) or error
         own = next((module for module in (messages, ollama) if module.owns(request.path)), None)
         return answer(error) if own is None else answer(error, own.error_bytes)
 
@@ -117,13 +123,17 @@ class _EnvironmentApp:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
+            workers = workers_of(send)
             try:
-                self._app = self._make((workers_of(send) or 1) > 1)
+                self._app = self._make((workers or 1) > 1)
             except RilletError as error:
                 log.error("%s", error)
+                if workers is not None:
+                    leave(FAILED)                        # hypercorn would tell it with a traceback
                 await receive()
                 await send({"type": "lifespan.startup.failed", "message": str(error)})
                 return
+            grant_time(send, self._app.settings.drain_s + FLUSH_S)
         assert self._app is not None, "the server must speak ASGI's lifespan"
         terminated = terminated_of(send)
         if terminated is not None and not self._watching:
@@ -137,18 +147,17 @@ class _EnvironmentApp:
     def _make(self, shares: bool) -> RilletApp:
         config, settings = settings_from_environment(os.environ)
         configure_logging(settings.log_level)
-        for variable in ("RILLET_HOST", "RILLET_PORT"):
+        for variable, flag in (("RILLET_HOST", "-b"), ("RILLET_PORT", "-b"), ("RILLET_WORKERS", "-w")):
             if variable in os.environ:
-                log.warning("%s is for `python -m server`: give hypercorn -b HOST:PORT", variable)
+                log.warning("%s is for `python -m server`: give hypercorn its own %s", variable, flag)
         shared = SharedEngine(RuntimeDirectory.of_server()) if shares else None
         app = create_app(config, settings, make_engine=None if shared is None else shared.engine, renews=shares)
 
         @app.before_serving
         async def watch() -> None:
+            self._outlive_terminate(app)
             if shared is None:
                 self._tasks.append(asyncio.create_task(self._exit_on_failure(app), name="rillet-failure"))
-            else:
-                self._outlive_terminate(app)
 
         @app.after_serving
         async def stop() -> None:
@@ -162,34 +171,45 @@ class _EnvironmentApp:
         return app
 
     def _outlive_terminate(self, app: RilletApp) -> None:
-        """hypercorn tells its workers to end by an event, and sends SIGTERM to all that still drain once the first has
-        ended: it must not cut them off. Sent to one worker alone, it lets that one drain; hypercorn then starts another."""
+        """hypercorn tells its workers to end by an event, and leaves them SIGTERM's default, which cuts every answer: whoever
+        sends it to the whole process group (systemd, timeout) or to a worker, and hypercorn itself to all workers that still
+        drain once the first has ended. A worker that gets it drains; if it alone did, hypercorn starts another. With
+        `-w 0` there are no workers, and hypercorn catches the signal itself."""
         if sys.platform != "win32" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             def end() -> None:
-                self._tasks.append(asyncio.create_task(self._end(app), name="rillet-end"))
+                if not app.host.draining:
+                    self._tasks.append(asyncio.create_task(self._end(app), name="rillet-end"))
 
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)
 
     async def _end(self, app: RilletApp) -> None:
+        _tell_end(app.settings.drain_s)
         await app.host.drain(app.settings.drain_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(app.connections.wait_idle(), LAST_WORDS_S)
         leave(0)
 
     async def _exit_on_failure(self, app: RilletApp) -> None:
+        """hypercorn's own ways to end have the exit code 0."""
         await app.host.wait_failed()
         await asyncio.sleep(LAST_WORDS_S)
-        log.error("the process ends, because the engine failed")
-        asyncio.get_running_loop().call_soon(sys.exit, 1)   # out of the loop: hypercorn's own ways end with 0
+        log.info("the process ends, because the engine failed")
+        leave(FAILED)
 
     async def _drain_at(self, app: RilletApp, terminated: Termination, graceful_s: float | None) -> None:
-        """Last events must go out before hypercorn cuts connections; its default leaves 3 s."""
+        """Last events must go out before hypercorn cuts connections."""
         await terminated.wait()
+        if app.host.draining:                            # a signal came first
+            return
         deadline_s = app.settings.drain_s
         if graceful_s is not None:
             deadline_s = min(deadline_s, max(0.0, graceful_s - 1.0))
-        log.info("the server ends: running answers have %.0f s", deadline_s)
+        _tell_end(deadline_s)
         await app.host.drain(deadline_s)
+
+
+def _tell_end(deadline_s: float) -> None:
+    log.info("the server ends: running answers have %g s", deadline_s)
 
 
 app = _EnvironmentApp()

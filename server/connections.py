@@ -24,6 +24,7 @@ log = logging.getLogger("rillet.server")
 SANE_ID = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
 KEY = "rillet.connection"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
+WATCHED = frozenset({"/metrics", "/health", "/ready"})    # by the page, by Prometheus, by who keeps servers alive
 Send = Callable[[Any], Awaitable[None]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -33,7 +34,7 @@ class Connection:
 
     __slots__ = (
         "_bodies", "_closers", "_send", "blocked_at", "body_bytes", "gone", "held_bytes", "request_id", "route", "sender",
-        "status", "unsent",
+        "status", "unread", "unsent",
     )  # fmt: skip
 
     def __init__(self, send: Send, request_id: bytes, bodies: Bodies) -> None:
@@ -45,6 +46,7 @@ class Connection:
         self.route = "none"                              # the rule of the address, once it is known
         self.body_bytes = 0                              # that have come
         self.held_bytes = 0                              # of the place for its body
+        self.unread = False                              # whether more of its body may come
         self.status = 0
         self.blocked_at: float | None = None             # since when the present send waits
         self.unsent = 0                                  # bytes that waited when the watch last looked
@@ -82,7 +84,10 @@ class Connection:
             self.sender = asyncio.current_task()
             self.status = message.get("status", 0)
             self.leave_place()                           # it answers, so it has read
-            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.request_id)]}
+            more = [(b"x-request-id", self.request_id)]
+            if self.unread:                              # hypercorn closes it after the answer: the client must know
+                more.append((b"connection", b"close"))
+            message = {**message, "headers": [*message.get("headers", ()), *more]}
         self.blocked_at = time.monotonic()
         await self._send(message)
         self.blocked_at = None
@@ -135,6 +140,7 @@ class Connections:
         """Run one request through the app."""
         begin = time.monotonic()
         connection = Connection(send, _request_id(scope["headers"]), self.bodies)
+        connection.unread = _has_body(scope)
         scope[KEY] = connection
         scope["path"] = scope["path"] or "/"             # of `GET ?x HTTP/1.1`, at which Quart would fail
         self._live.add(connection)
@@ -147,6 +153,7 @@ class Connections:
             if message["type"] == "http.disconnect":
                 connection.gone = True
             else:
+                connection.unread &= message.get("more_body", False)
                 await connection.take_place(scope, len(message.get("body", b"")))
             return message
 
@@ -186,6 +193,13 @@ class Connections:
                     connection.cut()
 
 
+def _has_body(scope: Any) -> bool:
+    """Of HTTP/1; a later one has no use for it."""
+    return scope["http_version"].startswith("1") and any(
+        name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in scope["headers"]
+    )
+
+
 def _request_id(headers: Any) -> bytes:
     for name, value in headers:
         if name.lower() == b"x-request-id" and SANE_ID.fullmatch(value):
@@ -194,8 +208,10 @@ def _request_id(headers: Any) -> bytes:
 
 
 def _log_access(scope: Any, connection: Connection, seconds: float) -> None:
-    if access.isEnabledFor(logging.INFO):
+    """What asks every few seconds how the server is must not bury the rest."""
+    level = logging.DEBUG if connection.route in WATCHED else logging.INFO
+    if access.isEnabledFor(level):
         client = (scope.get("client") or ("-",))[0]
         path = scope.get("raw_path", b"")[:200].decode("ascii", "replace")       # still percent-encoded: no newlines
         status, request = connection.status or "-", connection.request_id.decode()
-        access.info('%s "%s %s" %s %.3fs %s', client, scope["method"], path, status, seconds, request)
+        access.log(level, '%s "%s %s" %s %.3fs %s', client, scope["method"], path, status, seconds, request)

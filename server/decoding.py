@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from engine import InvalidRequest
+from server.misspelt import refuse_misspelt
 from server.protocol import Body
 from server.unsupported import refuse_unsupported
 
@@ -37,7 +38,8 @@ async def read_body(data: bytes, kind: type[R]) -> R:
 def decode(data: bytes, kind: type[R]) -> R:
     """The request in a body. Raises InvalidRequest naming the field where one is at fault."""
     raw = json_object(data)
-    refuse_unsupported(raw, kind.UNSUPPORTED)
+    refuse_unsupported(raw, kind.UNSUPPORTED, kind.CURES)
+    refuse_misspelt(raw, kind.__struct_encode_fields__, kind.UNSUPPORTED)
     request = shaped(raw, kind)
     request.check()
     return request

@@ -23,6 +23,7 @@ from engine import (
     RilletError,
     UnknownModel,
 )
+from server.addresses import NotOffered, UnknownAddress
 
 __all__ = ["ErrorBody", "Kind", "NotReady", "Unauthorized", "answer", "body", "told"]
 
@@ -55,6 +56,8 @@ class Kind:
 
 KINDS: tuple[tuple[type[RilletError], Kind], ...] = (
     (Unauthorized, Kind(401, "invalid_request_error", "invalid_api_key")),
+    (UnknownAddress, Kind(404, "invalid_request_error", "unknown_url")),
+    (NotOffered, Kind(501, "invalid_request_error", "not_offered")),
     (UnknownModel, Kind(404, "invalid_request_error", "model_not_found")),
     (ContextTooLong, Kind(400, "invalid_request_error", "context_length_exceeded")),
     (InvalidRequest, Kind(400, "invalid_request_error", "invalid_value")),

@@ -171,7 +171,7 @@ async def _model(host: EngineHost) -> dict[str, Any]:
         "modified_at": _since(host),
         "size": (await engine.look()).weights_bytes,
         "digest": sha256(name.encode()).hexdigest(),
-        "details": _details(),
+        "details": _details(engine),
     }
 
 
@@ -179,11 +179,20 @@ def _since(host: EngineHost) -> datetime:
     return datetime.fromtimestamp(host.created, UTC)
 
 
-def _details() -> dict[str, Any]:
+def _details(engine: EngineClient) -> dict[str, Any]:
+    facts = engine.model_facts
     return {
-        "parent_model": "", "format": "", "family": "rillet", "families": ["rillet"], "parameter_size": "",
-        "quantization_level": "",
+        "parent_model": "", "format": facts.format, "family": facts.family, "families": [facts.family],
+        "parameter_size": _count(facts.weights), "quantization_level": facts.storage,
     }  # fmt: skip
+
+
+def _count(weights: int) -> str:
+    """134515008 -> 134.52M, as Ollama writes it."""
+    for size, unit, digits in ((10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 2)):
+        if weights >= size:
+            return f"{weights / size:.{digits}f}{unit}"
+    return str(weights)
 
 
 async def _infills(engine: EngineClient) -> bool:
@@ -204,11 +213,13 @@ async def _show(host: EngineHost) -> dict[str, Any]:
     if await _infills(engine):
         able.append("insert")
     defaults = "\n".join(f"{name} {value:g}" for name, value in engine.sampling_defaults.items())
+    facts = engine.model_facts
     return {
-        "modelfile": "", "parameters": defaults, "template": "", "modified_at": _since(host), "details": _details(),
+        "modelfile": "", "parameters": defaults, "template": engine.chat_template or "", "modified_at": _since(host),
+        "details": _details(engine),
         "model_info": {
-            "general.architecture": "rillet", "general.basename": engine.model_name,
-            "rillet.context_length": engine.context_length,
+            "general.architecture": facts.family, "general.basename": engine.model_name,
+            "general.parameter_count": facts.weights, f"{facts.family}.context_length": engine.context_length,
         },
         "capabilities": able,
     }  # fmt: skip

@@ -37,9 +37,11 @@ class StreamOptions(Struct):
 
 
 class Body(Struct, kw_only=True):
-    """What every request's body has for server.decoding and server.asking. UNSUPPORTED: see server.unsupported."""
+    """What every request's body has for server.decoding and server.asking. UNSUPPORTED: see server.unsupported;
+    CURES: what to do instead, where it differs from what is said there."""
 
     UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    CURES: ClassVar[Mapping[str, str]] = {}
     model: Name | None = None
 
     def check(self) -> None:

@@ -10,6 +10,8 @@ from msgspec import UNSET, Struct, UnsetType
 from engine import Usage
 
 __all__ = [
+    "AnthropicModelCard",
+    "AnthropicModelList",
     "ChatChoice",
     "ChatLogprobs",
     "Completion",
@@ -140,3 +142,19 @@ class ModelCard(Struct):
 class ModelList(Struct):
     data: list[ModelCard]
     object: str = "list"
+
+
+class AnthropicModelCard(Struct):
+    """What Anthropic's clients, who send anthropic-version, read of a model. created_at: RFC 3339."""
+
+    id: str
+    display_name: str
+    created_at: str
+    type: str = "model"
+
+
+class AnthropicModelList(Struct):
+    data: list[AnthropicModelCard]
+    first_id: str
+    last_id: str
+    has_more: bool = False

@@ -110,6 +110,15 @@ class ResponsesRequest(Body, kw_only=True):
         "context_management": (None, []),
         "moderation": (None,),
     }
+    CURES: ClassVar[Mapping[str, str]] = {
+        "messages": "send them as input instead",
+        "max_tokens": "send max_output_tokens instead",
+        "max_completion_tokens": "send max_output_tokens instead",
+        "logprobs": "send top_logprobs instead",
+        "response_format": "send text.format instead",
+        "json_schema": "send text.format instead",
+        "reasoning_effort": "send reasoning.effort instead",
+    }
     input: str | Annotated[list[InputItem], Meta(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None

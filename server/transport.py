@@ -1,9 +1,9 @@
 """The one place that knows how hypercorn is built: what lies behind an ASGI `send`.
 
-server.connections asks it for the socket's transport (to cut off a client that reads nothing) and for the event of the
-server's end (to drain before connections are cut), server.app for the number of workers. Under another server, or if this one
-changes, every answer is None: then a stalled answer is cancelled but its socket lives until the client goes, draining
-starts with the lifespan's end, and each worker has an engine of its own.
+server.connections asks it for the socket's transport (to cut off a client that reads nothing); server.app for the event of
+the server's end (to drain before connections are cut), for how long it then waits, and for the number of workers. Under
+another server, or if this one changes, every answer is None: then a stalled answer is cancelled but its socket lives until
+the client goes, draining starts with the lifespan's end, and each worker has an engine of its own.
 """
 
 import asyncio
@@ -11,8 +11,15 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import h11
+from hypercorn.config import Config
 
-__all__ = ["Termination", "graceful_timeout_s", "release_reader", "terminated_of", "transport_of", "workers_of"]
+from server import hypercorn_config
+
+__all__ = [
+    "Termination", "graceful_timeout_s", "grant_time", "release_reader", "terminated_of", "transport_of", "workers_of",
+]  # fmt: skip
+
+UNSAID = (Config.graceful_timeout, hypercorn_config.graceful_timeout)    # graceful timeouts that no operator has chosen
 
 
 class Termination(Protocol):
@@ -51,6 +58,14 @@ def graceful_timeout_s(send: Callable[..., Any]) -> float | None:
     """How long the server lets answers go on after that."""
     timeout = getattr(getattr(_owner(send), "config", None), "graceful_timeout", None)
     return float(timeout) if isinstance(timeout, (int, float)) else None
+
+
+def grant_time(send: Callable[..., Any], seconds: float) -> None:
+    """Let the server wait so long for answers after its end has begun, unless somebody told it how long. `send` is the
+    lifespan's: hypercorn looks at its settings again when it ends."""
+    config = getattr(_owner(send), "config", None)
+    if isinstance(config, Config) and config.graceful_timeout in UNSAID:
+        config.graceful_timeout = max(config.graceful_timeout, seconds)
 
 
 def workers_of(send: Callable[..., Any]) -> int | None:

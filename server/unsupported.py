@@ -1,7 +1,8 @@
 """Fields of requests that would change the answer and are not supported: refused by name, never accepted and ignored.
 
-One table: field -> the values that mean "off". server.protocol checks it before it decodes. A field that stands neither here
-nor in a request struct changes nothing in the answer (user, store, metadata, service_tier, ...) and is let through.
+One table: field -> the values that mean "off". server.decoding checks it before it decodes. A field that stands neither here
+nor in a request struct changes nothing in the answer (user, store, metadata, service_tier, ...) and is let through, unless it
+is one of theirs misspelt: server.misspelt.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from engine import InvalidRequest
 __all__ = ["CHAT", "COMPLETION", "refuse_unsupported"]
 
 OFF = (None,)
+NO_CURES: Mapping[str, str] = {}
 NOTHING: tuple[Any, ...] = (None, [], {}, "", False)
 
 COMMON: dict[str, tuple[Any, ...]] = {
@@ -66,6 +68,7 @@ CHAT: dict[str, tuple[Any, ...]] = {
     **COMMON,
     "echo": (None, False),
     "prompt": OFF,
+    "system": (None, ""),
     "best_of": (None, 1),
     "add_special_tokens": (None, False),
 }
@@ -94,18 +97,21 @@ CURES: dict[str, str] = {
     "tool_choice": "POST messages to /v1/chat/completions",
     "reasoning_effort": "POST messages to /v1/chat/completions",
     "prompt": "send messages, or POST it to /v1/completions",
+    "system": "send it as the first of the messages, with the role system",
     "messages": "send a prompt, or POST them to /v1/chat/completions",
     "top_logprobs": "send logprobs with a number instead",
     "chat_template": "start the server with --chat-template FILE instead",
 }
 
 
-def refuse_unsupported(request: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise InvalidRequest(field) for the first field that asks for what is not there."""
+def refuse_unsupported(
+    request: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]], cures: Mapping[str, str] = NO_CURES
+) -> None:  # fmt: skip
+    """Raise InvalidRequest(field) for the first field that asks for what is not there. cures: a request's own ones."""
     for field in request.keys() & table.keys():
         value, off = request[field], table[field]
         if not any(value == harmless and isinstance(value, bool) == isinstance(harmless, bool) for harmless in off):
-            cure = CURES.get(field, "leave it out")
+            cure = cures.get(field) or CURES.get(field, "leave it out")
             raise InvalidRequest(f"{field} is not supported here: {cure}", field=field)
     best_of = request.get("best_of")
     if table is COMPLETION and best_of is not None and best_of != request.get("n", 1):

@@ -10,6 +10,7 @@ from decimal import Decimal, InvalidOperation
 from math import lcm
 
 from engine.errors import InvalidRequest
+from engine.text.grammar_formats import drop_remarks
 
 __all__ = ["MAX_RULES", "check_schema", "read_lark"]
 
@@ -40,8 +41,8 @@ def read_lark(source: str, name_token: Callable[[str], str]) -> str:
             break
         text, at = part.group(), part.end()
         if text.startswith("%json"):
-            at = _skip_schema(source, at)
-            text = source[part.start() : at]
+            written, at = _read_schema(source, at)
+            text += written
         elif text.startswith("<") and text.endswith(">") and len(text) > 2 and not TOKEN_IDS.fullmatch(text):
             text = name_token(text)
         out.append(text)
@@ -50,16 +51,16 @@ def read_lark(source: str, name_token: Callable[[str], str]) -> str:
     return "".join(out)
 
 
-def _skip_schema(source: str, at: int) -> int:
-    """Where the schema that begins at `at` ends; one that is no JSON is left for llguidance to refuse."""
+def _read_schema(source: str, at: int) -> tuple[str, int]:
+    """The schema that begins at `at`, and where it ends; one that is no JSON is left for llguidance to refuse."""
     try:
         schema, end = json.JSONDecoder().raw_decode(source, at)
     except ValueError:
-        return at
+        return "", at
     except RecursionError:
         raise InvalidRequest("a schema in the grammar is nested too deeply: make it flatter", field="grammar") from None
     check_schema(schema)
-    return end
+    return json.dumps(schema) if drop_remarks(schema) else source[at:end], end
 
 
 def check_schema(schema: object) -> None:

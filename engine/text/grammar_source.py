@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from engine.text.grammar import Grammar
+from engine.text.grammar_formats import drop_remarks
 from engine.text.grammar_lark import MAX_RULES, check_schema, read_lark
 
 __all__ = ["Thinking", "source_text", "thinking_in"]
@@ -101,6 +102,7 @@ def _schema(source: str) -> object:
     if not isinstance(schema, dict | bool):
         raise InvalidRequest(f"a schema is a JSON object, not {source[:40]}", field="grammar")
     check_schema(schema)
+    drop_remarks(schema)
     return schema
 
 

@@ -103,7 +103,7 @@ def test_the_model_is_told(demo: ollama.Client, client: ollama.Client) -> None:
     assert demo.ps().models[0].model == model.model
     shown = client.show("tiny")
     assert shown.capabilities == ["completion", "tools", "thinking"]
-    assert (shown.modelinfo or {})["rillet.context_length"] == 4096
+    assert (shown.modelinfo or {})["llama.context_length"] == 4096
     assert "tools" not in (demo.show("demo").capabilities or [])
 
 
@@ -153,7 +153,7 @@ def test_a_line_is_one_line_and_a_failure_is_told_in_one(server: ThreadServer) -
         ("generate", {"prompt": "x", "suffix": "y"}, 400, "suffix"),
         ("generate", {"prompt": 3}, 400, "prompt"),
         ("embed", {"input": ""}, 400, "input"),
-        ("pull", {"model": "x"}, 404, "address"),
+        ("pull", {"model": "x"}, 501, "cannot be pulled"), ("nothing", {"model": "x"}, 404, "address"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_ollamas_words(

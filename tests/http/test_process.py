@@ -37,6 +37,7 @@ def test_sigterm_lets_streams_end_until_the_deadline_and_exits_with_0(demo_path:
             assert httpx.get(url + "/health").status_code == 200
             rest = read_until(running, b"[DONE]")
             assert b'"finish_reason":"abort"' in rest
+            assert not any(" 1 answers" in line for line in server.err)
             assert b"[DONE]" in rest
         assert server.wait_end() == 0, "".join(server.err)
         assert "Traceback" not in "".join(server.err)
@@ -60,9 +61,7 @@ def test_a_broken_model_file_is_one_sentence_and_an_exit_code(tmp_path: Path) ->
     broken.write_bytes(b"GGUF" + bytes(100))
     with ProcessServer("-m", "server", "--f", str(broken), "--port", "0", "--log-level", "error") as server:
         assert server.wait_end() == 1
-        said = [line for line in server.err if line.startswith("rillet: ")]
-        assert len(said) == 1
-        assert "broken.gguf" in said[0]
+        assert ["broken.gguf" in line for line in server.err] == [True], "it is said once"
         assert "Traceback" not in "".join(server.err)
         assert server.out == []
 
@@ -136,9 +135,7 @@ def test_an_engine_that_dies_ends_the_process_with_a_sentence_and_a_code() -> No
             running.sendall(post_bytes("/v1/completions", STORY))
             assert b"the device burned" in read_until(running, b"[DONE]"), "the stream is told before the process ends"
         assert server.wait_end() == 1
-        assert [line for line in server.err if line.startswith("rillet: ")] == [
-            "rillet: a step failed: RuntimeError: the device burned\n"
-        ]
+        assert sum("a step failed: RuntimeError: the device burned" in line for line in server.err) == 1
 
 
 def test_hypercorn_does_not_start_with_a_variable_that_nobody_knows() -> None:

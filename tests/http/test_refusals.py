@@ -56,7 +56,7 @@ COMMON: list[tuple[dict[str, Any], str]] = [
     ({"min_tokens": 5}, "min_tokens"), ({"chat_template": "{{ 1 }}"}, "chat_template"), ({"thinking": False}, "thinking"),
     ({"use_beam_search": True}, "use_beam_search"), ({"reasoning_effort": "enormous"}, "reasoning_effort"),
     ({"prompt_logprobs": 1}, "prompt_logprobs"), ({"logits_processors": ["x"]}, "logits_processors"),
-    ({"n_predict": 5}, "n_predict"),
+    ({"n_predict": 5}, "n_predict"), ({"temprature": 2}, "temprature"), ({"max_token": 5}, "max_token"),
     # what an answer must look like
     ({"response_format": "json"}, "response_format"), ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
@@ -94,7 +94,8 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 5}, "logprobs"), ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     ({"max_tokens": 0}, "max_tokens"), ({"max_completion_tokens": 0}, "max_completion_tokens"),
-    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"), ({"prompt": "x"}, "prompt"), ({"echo": True}, "echo"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"), ({"prompt": "x"}, "prompt"), ({"system": "x"}, "system"),
+    ({"echo": True}, "echo"),
     ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"deadline_s": 1e9}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),

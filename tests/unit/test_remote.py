@@ -103,7 +103,7 @@ async def test_answers_are_those_of_the_engine_itself(toy: Opener) -> None:
             assert asdict(await (await there.stream(prompt, **wish)).collect()) == asdict(wanted)
         for name in (
             "model_name", "model_names", "context_length", "max_num_seqs", "device", "has_chat_template", "sampling_defaults",
-            "dialect",
+            "dialect", "chat_template", "model_facts",
         ):  # fmt: skip
             assert getattr(there, name) == getattr(here, name)
         for name in ("pieces", "special_ids", "bos_id"):
