@@ -1,9 +1,11 @@
 """What is kept of a distribution, and the draw: top-k, top-p, min-p and the inverse of the cumulated mass, for many places.
 
-sampler.py calls `choose`. All parameters are per place and nothing loops over places. Ties go to the lowest id, as on every
-backend. Sums of many masses are made by spans of 512, because a float32 that grows through a whole vocabulary loses its tail.
+sampler.py calls `choose`, on a Mac with a kernel that finds the cut of wide sets (metal_sampling.py). All parameters are per
+place and nothing loops over places. Ties go to the lowest id, as on every backend. Sums of many masses are made by spans of
+512, because a float32 that grows through a whole vocabulary loses its tail.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,12 +14,15 @@ from numpy.typing import NDArray
 
 from engine.step import FloatArray, IntArray
 
-__all__ = ["Settings", "choose", "largest", "log_sum"]
+__all__ = ["LeastKept", "Settings", "choose", "largest", "least_kept", "log_sum"]
 
 SPAN = 512
 PARTIAL = 8               # a partial sort serves up to an eighth of the vocabulary
 PART, MOST_PARTIAL = 2048, 64
 MOST = np.float32(3e38)
+
+LeastKept = Callable[[mx.array, mx.array, mx.array, NDArray[np.int64], FloatArray], tuple[mx.array, mx.array]]
+"""What does least_kept's work for a width of the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +36,13 @@ class Settings:
     uniform: FloatArray
 
 
-def choose(x: mx.array, settings: Settings) -> mx.array:
+def choose(x: mx.array, settings: Settings, kernel: LeastKept | None = None) -> mx.array:
     """Draw from softmax(x / temperature) of what is kept: logits (n, V) float32 -> token ids (n,) int32."""
     with np.errstate(divide="ignore", over="ignore"):
         cold = mx.array(np.minimum(np.float32(1) / settings.temperature, MOST))[:, None]
     top = x.max(axis=1, keepdims=True)
     mass = mx.exp((x - top) * cold)
-    cut = cut_of(x, top, cold, settings)
+    cut = cut_of(x, top, cold, settings, kernel)
     if cut is not None:
         least, ties = cut
         equal = x == least
@@ -48,11 +53,13 @@ def choose(x: mx.array, settings: Settings) -> mx.array:
     return draw(mass, mx.array(settings.uniform)[:, None])
 
 
-def cut_of(x: mx.array, top: mx.array, cold: mx.array, settings: Settings) -> tuple[mx.array, mx.array] | None:
+def cut_of(
+    x: mx.array, top: mx.array, cold: mx.array, settings: Settings, kernel: LeastKept | None
+) -> tuple[mx.array, mx.array] | None:
     """The least logit that is kept by top-k and top-p, and how many of that one, (n, 1) each; None if all is kept."""
     vocabulary, k = x.shape[1], settings.top_k
     limited = (k > 0) & (k < vocabulary)
-    partial = limited & (k <= vocabulary // PARTIAL)
+    partial = limited & (k <= (vocabulary // PARTIAL if kernel is None else min(vocabulary // PARTIAL, MOST_PARTIAL)))
     whole = ~partial & (limited | (settings.top_p < 1))
     if not (partial | whole).any():
         return None
@@ -62,7 +69,8 @@ def cut_of(x: mx.array, top: mx.array, cold: mx.array, settings: Settings) -> tu
             at = np.flatnonzero(chosen)
             some = mx.array(at)
             count = np.where(limited[at], k[at], vocabulary)
-            found = least_kept(x[some], top[some], cold[some], count, settings.top_p[at], width)
+            asked = x[some], top[some], cold[some], count, settings.top_p[at]
+            found = least_kept(*asked, width) if kernel is None or chosen is partial else kernel(*asked)
             rows.append(at)
             least.append(found[0])
             ties.append(found[1])

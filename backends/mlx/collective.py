@@ -39,7 +39,8 @@ ALONE = Collective()
 
 def check_ring() -> None:
     """Raise DeviceUnavailable where ranks cannot be: no ring in this MLX, or a launcher's ranks around us."""
-    if os.name == "nt" or not mx.distributed.is_available("ring"):
+    possible: bool = sys.platform != "win32" and mx.distributed.is_available("ring")
+    if not possible:
         raise DeviceUnavailable(
             f"several devices need MLX's ring backend, which this MLX on {sys.platform} does not have: leave --d out"
         )

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.mlx.choosing import Settings, choose, largest, log_sum
+from backends.mlx.choosing import LeastKept, Settings, choose, largest, log_sum
 from backends.mlx.philox import uniforms
 from engine.step import FloatArray, IntArray, StepInput, StepOutput
 
@@ -65,15 +65,15 @@ class Drawn:
         )  # fmt: skip
 
 
-def draw(step: StepInput, newest: mx.array, logits: Logits) -> Drawn:
-    """newest: the tokens of the ticket before, which history may refer to."""
+def draw(step: StepInput, newest: mx.array, logits: Logits, kernel: LeastKept | None = None) -> Drawn:
+    """newest: the tokens of the ticket before, which history may refer to. kernel: where there is one for wide cuts."""
     if step.place_count == 0:
         return Drawn(mx.zeros(0, mx.int32), None, step.top_count)
     most = int(step.top_count.max())
     tokens: list[mx.array] = []
     scores: list[Scores] = []
     for first in range(0, step.place_count, HEAD_ROWS):
-        places = Places(step, first, min(first + HEAD_ROWS, step.place_count))
+        places = Places(step, first, min(first + HEAD_ROWS, step.place_count), kernel)
         at = step.sample_at[first : places.stop]
         if (at[1:] > at[:-1]).all():                                          # as in every step without forks
             raw = logits(at)
@@ -121,8 +121,8 @@ def entries_of(starts: IntArray, first: int, stop: int) -> tuple[slice, NDArray[
 class Places:
     """Some neighbouring places of a step."""
 
-    def __init__(self, step: StepInput, first: int, stop: int) -> None:
-        self.step, self.first, self.stop = step, first, stop
+    def __init__(self, step: StepInput, first: int, stop: int, kernel: LeastKept | None) -> None:
+        self.step, self.first, self.stop, self.kernel = step, first, stop, kernel
         self.mine = slice(first, stop)
 
     def sample(self, raw: mx.array, newest: mx.array) -> mx.array:
@@ -154,10 +154,10 @@ class Places:
             uniforms(step.seed[at], step.draw_position[at], step.choice[at]),
         )  # fmt: skip
         if len(warm) == len(x):
-            return choose(x, settings)
+            return choose(x, settings, self.kernel)
         rows = mx.array(warm)
         tokens = mx.argmax(x, axis=1).astype(mx.int32)
-        tokens[rows] = choose(x[rows], settings)
+        tokens[rows] = choose(x[rows], settings, self.kernel)
         return tokens
 
     def penalized(self, x: mx.array, newest: mx.array) -> mx.array:

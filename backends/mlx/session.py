@@ -17,11 +17,12 @@ from backends.mlx.metal_cache import PagedKernels, make_cache
 from backends.mlx.metal_library import MakeKernel
 from backends.mlx.metal_norms import NormKernels
 from backends.mlx.metal_products import ProductKernels
+from backends.mlx.metal_sampling import SamplingKernels
 from backends.mlx.model import Model
 from backends.mlx.ops import Ops
 from backends.mlx.sampler import Drawn, draw, resolve
 from backends.mlx.steps import PAGE_TOKENS, PaddedStep, rounded_up
-from backends.mlx.trial import attention_works, norms_work
+from backends.mlx.trial import attention_works, norms_work, sampling_works
 from backends.mlx.warm_up import warm_up_steps
 from backends.mlx.weights import load_weights
 from engine.backend import LoadOptions, MemoryStatistics, Progress
@@ -67,6 +68,8 @@ class Session:
         paged, dtype = None if norms is None else PagedKernels(MetalKernels(make_kernel), norms), self.weights.dtype
         self.kernels = paged if paged is not None and attention_works(paged, spec, dtype, fp8=self.fp8) else None
         self.ops = Ops(spec.norm_epsilon, norms if norms is not None and norms_work(norms, spec, dtype) else None)
+        sampling = SamplingKernels(make_kernel) if metal and collective.rank == 0 else None
+        self.least_kept = sampling.least_kept if sampling and sampling_works(sampling, spec.vocabulary_size) else None
         self.model = Model(spec, self.weights, self.ops, collective)
         self.cache: Cache | None = None
         self.newest = mx.zeros(0, mx.int32)
@@ -123,7 +126,7 @@ class Session:
             return self.logits(states, at)
 
         if self.collective.rank == 0:
-            drawn = draw(step, self.newest, logits)
+            drawn = draw(step, self.newest, logits, self.least_kept)
         else:
             drawn = Drawn(mx.zeros(step.place_count, mx.int32), None, step.top_count)
         drawn = replace(drawn, tokens=self.collective.tokens_of_first(drawn.tokens, states))

@@ -13,18 +13,20 @@ import mlx.core as mx
 import numpy as np
 
 from backends.mlx.cache import Cache, PortableCache
+from backends.mlx.choosing import least_kept
 from backends.mlx.dequantize import dequantize_blocks
 from backends.mlx.matrices import Product
 from backends.mlx.metal import HEAD_SIZES
 from backends.mlx.metal_cache import MetalCache, PagedKernels
 from backends.mlx.metal_norms import NormKernels
+from backends.mlx.metal_sampling import SamplingKernels
 from backends.mlx.ops import Ops
 from backends.mlx.steps import PAGE_TOKENS, PaddedStep
 from engine.errors import RilletError, StepFailed
 from engine.model.spec import Attention, ModelSpec
 from engine.weights.tensors import RawTensor
 
-__all__ = ["attention_works", "norms_work", "product_works"]
+__all__ = ["attention_works", "norms_work", "product_works", "sampling_works"]
 
 log = logging.getLogger("rillet")
 TOLERANCES = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}     # of the largest number
@@ -166,3 +168,22 @@ def product_error(product: Product, raw: RawTensor, dtype: mx.Dtype) -> float:
             of_two = exact.reshape(tokens, 2, -1)[mx.arange(tokens), chosen[:, 0]]
             worst = max(worst, difference(product.by_choice(x, blocks.reshape(2, rows // 2, -1), chosen)[:, 0], of_two))
     return worst
+
+
+# ---- sampling -----------------------------------------------------------------------------------------------------------
+
+
+def sampling_works(kernels: SamplingKernels, vocabulary: int) -> bool:
+    """The cut of top-k, top-p and both. The error is that of the least logit, and of how many of it are kept."""
+
+    def attempt() -> float:
+        numbers = np.random.default_rng(30).permutation(np.linspace(-9, 3, vocabulary, dtype=np.float32))
+        x = mx.array(np.stack([numbers, numbers[::-1], np.round(numbers)]))
+        cold = mx.array([[1.0], [0.5], [2.0]])
+        count, top_p = np.array([vocabulary // 2, vocabulary, vocabulary // 3]), np.array([1, 0.7, 0.83], np.float32)
+        asked = x, x.max(axis=1, keepdims=True), cold, count, top_p
+        (least, ties), (right, as_many) = kernels.least_kept(*asked), least_kept(*asked, vocabulary)
+        few = mx.abs(ties - as_many) > mx.maximum(1, as_many // 1000)          # sums are rounded in another order
+        return float(mx.maximum(mx.abs(least - right).max(), few.any()))
+
+    return works("sampling", attempt, TOLERANCES[mx.float32])

@@ -19,6 +19,7 @@ from backends.mlx.mapping import Mappings
 from backends.mlx.matrices import Experts, Matrix, Product
 from backends.mlx.metal_products import BLOCK_BYTES, BlockProduct, ProductKernels
 from backends.mlx.packing import Packer
+from backends.mlx.race import blocks_are_faster
 from backends.mlx.tree import DenseWeights, LayerWeights, MixtureWeights, ModelWeights, Stack
 from backends.mlx.trial import product_works
 from engine.backend import Progress
@@ -35,6 +36,7 @@ DTYPES: dict[str, mx.Dtype | None] = {
     "bf16": mx.bfloat16, "bfloat16": mx.bfloat16,
     "f16": mx.float16, "float16": mx.float16,
 }  # fmt: skip
+TIMED = mx.metal.is_available()          # what the shim takes says nothing
 NOTED_GROWTH = 1.25          # times its bytes in the file, from which on a type is told of
 
 
@@ -57,7 +59,7 @@ def load_weights(
         forced=chosen is not None,
         columns_first=not metal,
         native={} if products is None else native_products(products),
-        trial=product_works,
+        trial=worth_it,
         mappings=Mappings(possible=metal),
         limit_bytes=None if limit is None else limit // ranks,
     )
@@ -79,6 +81,11 @@ def own_dtype(spec: ModelSpec, source: TensorSource) -> mx.Dtype:
         if len(shape) == 2 and (tensor := take(source, name, shape)).storage.name in bytes_of:
             bytes_of[tensor.storage.name] += tensor.data.nbytes
     return mx.float16 if bytes_of["F16"] > bytes_of["BF16"] else mx.bfloat16
+
+
+def worth_it(product: Product, raw: RawTensor, dtype: mx.Dtype) -> bool:
+    """Whether a storage type is to rest in its blocks: the kernels are right on this device, and not slower than MLX's."""
+    return product_works(product, raw, dtype) and (not TIMED or blocks_are_faster(product, raw, dtype))
 
 
 def native_products(kernels: ProductKernels) -> Mapping[str, Product]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from backends.mlx.metal import PAGE, LayerPools, MetalKernels
 from backends.mlx.metal_norms import NormKernels, rope_table
+from backends.mlx.metal_sampling import SamplingKernels
 from tests.mlx.product_variants import product_calls
 from tests.mlx.shim import ShimMetal
 
@@ -22,6 +23,7 @@ Call = tuple[str, Callable[[Callable], object]]
 SIZES = (64, 80, 96, 128, 256)
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 WIDTHS = (576, 1024, 1536, 2560, 4096, 5120, 8192)             # of models that there are
+VOCABULARIES = (32_000, 49_152, 128_256, 151_936, 262_144)
 BOTH = tuple(product((True, False), repeat=2))
 PARTIAL = ((64, 16), (80, 32), (96, 48), (128, 64), (256, 64))
 
@@ -110,8 +112,18 @@ def copy_calls() -> Iterator[Call]:
         yield item, lambda make, item=item: NormKernels(make).copy_pages(pools_of(128, item), mx.zeros((4, 2), mx.int32))
 
 
+def sampling_calls() -> Iterator[Call]:
+    for vocabulary in VOCABULARIES:
+        yield str(vocabulary), lambda make, vocabulary=vocabulary: call_cut(SamplingKernels(make), vocabulary)
+
+
+def call_cut(kernels, vocabulary):
+    one = mx.zeros((1, 1))
+    kernels.least_kept(mx.zeros((1, vocabulary)), one, one, np.array([vocabulary]), np.ones(1, np.float32))
+
+
 CALLS: list[Callable[[], Iterator[Call]]] = [
-    attention_calls, grouping_calls, norm_calls, rope_calls, copy_calls, product_calls,
+    attention_calls, grouping_calls, norm_calls, rope_calls, copy_calls, product_calls, sampling_calls,
 ]  # fmt: skip
 
 
