@@ -1,20 +1,39 @@
 // What the page asks of the server: the model, an answer as a stream, a glance at the metrics.
 
-function headers(key) {
-  return key ? { Authorization: `Bearer ${key}` } : {};
+import { settings } from "./settings.js";
+
+function headers() {
+  return settings.key ? { Authorization: `Bearer ${settings.key}` } : {};
+}
+
+/** The server's own words, with the status of its answer and OpenAI's code of the error. */
+export class Failure extends Error {
+  constructor(message, status, code) {
+    super(message);
+    this.status = status;
+    this.code = code;
+  }
+
+  /** Whether it is the request itself that cannot be answered: asked again as it is, it would fail again. */
+  get isRefusal() {
+    return [400, 413, 422].includes(this.status);
+  }
 }
 
 async function failure(response) {
-  let message = `${response.status} ${response.statusText}`;
+  let message = `${response.status} ${response.statusText}`, code = null;
   try {
-    message = (await response.json()).error.message ?? message;
+    const { error } = await response.json();
+    message = error.message ?? message;
+    code = error.code ?? null;
   } catch { /* no JSON: the status must do */ }
-  return new Error(response.status === 401 ? "The server wants an API key: see the settings." : message);
+  if (response.status === 401) message += ". The key is one of the settings (⚙).";
+  return new Failure(message, response.status, code);
 }
 
 /** {id, max_model_len} of the model that is served. */
-export async function model(key) {
-  const response = await fetch("/v1/models", { headers: headers(key) });
+export async function model() {
+  const response = await fetch("/v1/models", { headers: headers() });
   if (!response.ok) throw await failure(response);
   return (await response.json()).data[0];
 }
@@ -25,8 +44,9 @@ export async function health() {
 }
 
 /** {running, waiting, cache} or null where the metrics are not to be had. */
-export async function glance(key) {
-  const response = await fetch("/metrics", { headers: headers(key) });
+export async function glance() {
+  const response = await fetch("/metrics", { headers: headers() });
+  if (response.status === 401) throw await failure(response);
   if (!response.ok) return null;
   const text = await response.text();
   const value = (name) => {
@@ -41,13 +61,13 @@ export async function glance(key) {
  * One answer: yields {text, reasoning, finish, usage}, each field only where there is news. Aborting the signal ends it, and
  * frees what it holds on the server.
  */
-export async function* answer(messages, settings, signal) {
+export async function* answer(messages, signal) {
   const body = { model: "default", messages, stream: true, stream_options: { include_usage: true } };
   if (settings.temperature !== null) body.temperature = settings.temperature;
   if (settings.maxTokens !== null) body.max_completion_tokens = settings.maxTokens;
   const response = await fetch("/v1/chat/completions", {
     method: "POST",
-    headers: { "Content-Type": "application/json", ...headers(settings.key) },
+    headers: { "Content-Type": "application/json", ...headers() },
     body: JSON.stringify(body),
     signal,
   });
@@ -55,7 +75,7 @@ export async function* answer(messages, settings, signal) {
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const event = JSON.parse(data);
-    if (event.error) throw new Error(event.error.message);
+    if (event.error) throw new Failure(event.error.message, null, event.error.code);
     const choice = event.choices?.[0];
     yield {
       text: choice?.delta?.content ?? "",

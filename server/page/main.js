@@ -1,92 +1,39 @@
-// The page: what stands where, and what a press of a button does. Asking is in api.js, remembering in store.js, showing
-// Markdown in markdown.js.
+// The page: what stands where, and what a press of a button does. Asking is in api.js, watching the server in watch.js,
+// remembering in store.js, the messages in log.js, the settings in settings.js.
 
-import { answer, glance, health, model } from "./api.js";
-import { copyText, Writer } from "./markdown.js";
-import { loadConversations, loadSettings, newConversation, saveConversations, saveSettings } from "./store.js";
+import { answer } from "./api.js";
+import { atEnd, busy, button, drop, make, refresh, show, showAll, toEnd } from "./log.js";
+import { reloadSettings, settings, startSettings } from "./settings.js";
+import { forget, forgetAll, keep, listen, loadConversations, newConversation } from "./store.js";
+import { turns } from "./turns.js";
+import { look, refuse, servedModel, startWatch, watchAnew } from "./watch.js";
 
-const GLANCE_MS = 3000;
-const LOOK_AGAIN_MS = 1000;
 const TITLE = 60;
 
 const at = (id) => document.getElementById(id);
-const settings = loadSettings();
-let conversations = loadConversations();
+let conversations = sorted(loadConversations());
 let current = conversations[0] ?? newConversation();
-let served = null;                 // {id, max_model_len}
-let running = null;                // the AbortController of the answer that is being written
+let running = null;                // the AbortController of the answer that is being written to `current`
+
+function sorted(all) {
+  return all.sort((one, other) => other.at - one.at);
+}
 
 // ---- showing ---------------------------------------------------------------------------------------------------------
-
-function make(name, className, text = "") {
-  const made = document.createElement(name);
-  made.className = className;
-  made.textContent = text;
-  return made;
-}
-
-function button(text, action) {
-  const made = make("button", "plain small", text);
-  made.type = "button";
-  made.addEventListener("click", () => action(made));
-  return made;
-}
 
 function note(text) {
   at("note").textContent = text;
 }
 
-function atEnd() {
-  const log = at("log");
-  return log.scrollHeight - log.scrollTop - log.clientHeight < 80;
-}
-
-function toEnd() {
-  at("log").scrollTop = at("log").scrollHeight;
-}
-
-// A message's place in the log, with what writes into it.
-function place(message) {
-  const whole = make("article", `message ${message.role}`);
-  at("log").append(whole);
-  if (message.role === "user") {
-    whole.textContent = message.content;
-    return { whole };
-  }
-  const thinking = make("details", "thinking");
-  const thoughts = make("div", "");
-  thinking.append(make("summary", "", "Thinking"), thoughts);
-  thinking.hidden = !message.reasoning;
-  thoughts.textContent = message.reasoning ?? "";
-  const words = make("div", "words");
-  const tools = make("div", "tools");
-  whole.append(thinking, words, tools);
-  return { whole, thinking, thoughts, words, tools, writer: new Writer(words) };
-}
-
-function finish(parts, message) {
-  parts.whole.classList.remove("busy");
-  parts.writer.end();
-  if (message.note) parts.whole.insertBefore(make("p", "wrong", message.note), parts.tools);
-  parts.tools.replaceChildren(button("Copy", (pressed) => copyText(message.content, pressed)));
-  if (message === current.messages.at(-1)) parts.tools.append(button("Again", again));
-}
-
 function showConversation() {
-  at("log").replaceChildren();
-  for (const message of current.messages) {
-    const parts = place(message);
-    if (message.role !== "user") {
-      parts.writer.push(message.content);
-      finish(parts, message);
-    }
-  }
+  showAll(current.messages, again);
+  refresh(current.messages, running !== null);
   showNumbers(current.numbers);
   toEnd();
 }
 
 function showList() {
-  const items = conversations.filter((one) => one.messages.length).map((one) => {
+  const items = sorted(conversations).map((one) => {
     const item = document.createElement("li");
     item.setAttribute("aria-current", String(one === current));
     const title = make("button", "title", one.title);
@@ -101,17 +48,23 @@ function showList() {
 }
 
 function showNumbers(numbers) {
-  const words = [];
+  const words = [], served = servedModel();
   if (numbers?.rate) words.push(`${numbers.rate.toFixed(1)} tokens/s`);
   if (numbers?.first) words.push(`first word after ${numbers.first.toFixed(2)} s`);
   if (numbers?.used && served) words.push(`${Math.max(0, served.max_model_len - numbers.used).toLocaleString("en")} tokens left`);
   at("numbers").textContent = words.join(" · ");
 }
 
+function showRunning() {
+  at("send").hidden = running !== null;
+  at("stop").hidden = running === null;
+  refresh(current.messages, running !== null);
+}
+
 // ---- conversations ---------------------------------------------------------------------------------------------------
 
-function save() {
-  saveConversations(conversations);
+function save(conversation) {
+  if (conversations.includes(conversation) && !keep(conversation)) leave(conversation);
   showList();
 }
 
@@ -125,95 +78,155 @@ function open(conversation) {
   at("input").focus();
 }
 
-function remove(conversation) {
-  if (conversation === current && running) stop();
+function remove(conversation, next) {
+  forget(conversation.id);
+  leave(conversation, next);
+}
+
+// It was deleted, here or in another tab.
+function leave(conversation, next = null) {
   conversations = conversations.filter((one) => one !== conversation);
-  save();
-  if (conversation === current) open(conversations[0] ?? newConversation());
+  if (conversation === current) open(next ?? conversations[0] ?? newConversation());
+  else showList();
+}
+
+// Another tab has changed a conversation, or deleted it (null). What is being written here is newer, and stored at its end.
+function changed(id, there) {
+  const mine = conversations.find((one) => one.id === id);
+  if (!there) {
+    if (mine) leave(mine);
+    return;
+  }
+  if (mine && (mine.at >= there.at || (mine === current && running))) return;
+  conversations = [...conversations.filter((one) => one !== mine), there];
+  if (mine && mine === current) {
+    current = there;
+    showConversation();
+  }
+  showList();
 }
 
 // ---- asking ----------------------------------------------------------------------------------------------------------
 
 async function send(text) {
-  if (running || !text.trim()) return;
-  if (!conversations.includes(current)) conversations.unshift(current);
+  if (!conversations.includes(current)) conversations.push(current);
   if (!current.messages.length) current.title = text.trim().slice(0, TITLE);
   const message = { role: "user", content: text };
   current.messages.push(message);
-  place(message);
+  show(message, again);
   await write();
 }
 
-async function again() {
-  if (running || current.messages.at(-1)?.role !== "assistant") return;
-  current.messages.pop();
+// The last answer once more, which stays until a word of the new one comes; or a question without one, as the last.
+async function again(message) {
+  if (running) return;
+  const { messages } = current;
+  if (message.role === "assistant") {
+    drop(message);
+    await write(message);
+    return;
+  }
+  messages.push(...messages.splice(messages.indexOf(message), 1));
   showConversation();
   await write();
 }
 
-// The next answer of the current conversation, from the first request to the last word.
-async function write() {
-  const conversation = current;
+// The next answer of the current conversation, from the first request to the last word. instead: the answer it replaces.
+async function write(instead = null) {
+  const conversation = current, { messages } = conversation;
+  const question = messages.findLast((one) => one.role === "user");
   const message = { role: "assistant", content: "" };
-  const asked = conversation.messages.map(({ role, content }) => ({ role, content }));
-  if (settings.system.trim()) asked.unshift({ role: "system", content: settings.system });
-  conversation.messages.push(message);
-  const parts = place(message);
-  parts.whole.classList.add("busy");
+  const mine = running = new AbortController();
+  delete question.note;
   note("");
-  toEnd();
-  save();
-  running = new AbortController();
-  const mine = running;
+  save(conversation);
+  if (conversation !== current) return putBack(question.content);       // another tab had deleted it
+  const parts = show(message, again);
+  busy(parts, true);
   showRunning();
+  toEnd();
   const began = performance.now();
-  let first = 0;
+  let first = 0, failed = null;
   try {
-    for await (const news of answer(asked, settings, mine.signal)) {
-      if (!first && (news.text || news.reasoning)) first = performance.now();
+    for await (const news of answer(turns(messages.filter((one) => one !== instead), settings.system), mine.signal)) {
       const follow = atEnd();
-      if (news.reasoning) {
-        message.reasoning = (message.reasoning ?? "") + news.reasoning;
-        parts.thinking.hidden = false;
-        parts.thinking.open = !message.content;
-        parts.thoughts.textContent = message.reasoning;
+      if (!first && (news.text || news.reasoning)) {
+        first = performance.now();
+        if (instead) messages.pop();
+        messages.push(message);
       }
-      if (news.text) {
-        if (!message.content) parts.thinking.open = false;
-        message.content += news.text;
-        parts.writer.push(news.text);
-      }
-      if (news.finish === "length") message.note = "The answer was cut: it may not have more tokens.";
-      if (news.finish === "abort") message.note = "The server ended this answer.";
-      if (news.usage) {
-        const seconds = (performance.now() - first) / 1000;
-        const tokens = news.usage.completion_tokens - 1;
-        conversation.numbers = {
-          rate: tokens > 0 && seconds > 0 ? tokens / seconds : 0,
-          first: (first - began) / 1000,
-          used: news.usage.total_tokens,
-        };
+      hear(news, message, parts);
+      if (news.usage && first) {
+        conversation.numbers = measured(news.usage, began, first);
         if (conversation === current) showNumbers(conversation.numbers);
       }
       if (follow && conversation === current) toEnd();
     }
   } catch (error) {
-    if (!mine.signal.aborted) message.note = error.message;
-    if (!mine.signal.aborted && !message.content) note(error.message);
+    if (!mine.signal.aborted) failed = error;
   }
   if (running === mine) running = null;
-  if (message.content || message.note || message.reasoning) finish(parts, message);
-  else drop(conversation, message, parts);
-  showRunning();
-  conversation.at = Date.now();
-  save();
+  busy(parts, false);
+  if (failed) refuse(failed);
+  if (first) {
+    if (failed) message.note = failed.message;
+  } else {
+    drop(message);
+    const why = mine.signal.aborted ? "Stopped before the first word." : failed?.message ?? "The answer was empty.";
+    unanswered(conversation, question, instead, why, failed);
+  }
+  save(conversation);
+  if (conversation === current) showRunning();
   look();
 }
 
-// An answer that was stopped before its first word leaves nothing.
-function drop(conversation, message, parts) {
-  conversation.messages = conversation.messages.filter((one) => one !== message);
-  parts.whole.remove();
+// News of an answer, into its message and what shows it.
+function hear(news, message, parts) {
+  if (news.reasoning) {
+    message.reasoning = (message.reasoning ?? "") + news.reasoning;
+    parts.thinking.hidden = false;
+    parts.thinking.open = !message.content;
+    parts.thoughts.textContent = message.reasoning;
+  }
+  if (news.text) {
+    if (!message.content) parts.thinking.open = false;
+    message.content += news.text;
+    parts.writer.push(news.text);
+  }
+  if (news.finish === "length") message.note = "The answer was cut: it may not have more tokens.";
+  if (news.finish === "abort") message.note = "The server ended this answer.";
+}
+
+function measured(usage, began, first) {
+  const seconds = (performance.now() - first) / 1000;
+  const tokens = usage.completion_tokens - 1;
+  return { rate: tokens > 0 && seconds > 0 ? tokens / seconds : 0, first: (first - began) / 1000, used: usage.total_tokens };
+}
+
+// No word came. An answer that was to be replaced stays. A question that cannot be answered goes back to the input, because
+// every later one would fail with it; another waits for its Again.
+function unanswered(conversation, question, instead, why, failed) {
+  if (instead) {
+    if (conversation === current) showConversation();
+    if (failed) note(why);
+  } else if (failed?.isRefusal) {
+    conversation.messages.splice(conversation.messages.indexOf(question), 1);
+    drop(question);
+    putBack(question.content);
+    if (!conversation.messages.length) {
+      remove(conversation, newConversation());
+      note(why);
+    } else {
+      note(failed.code === "context_length_exceeded" ? `${why}. Or begin a new chat: this one may be too long.` : why);
+    }
+  } else {
+    question.note = why;
+  }
+}
+
+function putBack(text) {
+  at("input").value = [text, at("input").value].filter(Boolean).join("\n");
+  grow();
 }
 
 function stop() {
@@ -222,62 +235,12 @@ function stop() {
   showRunning();
 }
 
-function showRunning() {
-  at("send").hidden = running !== null;
-  at("stop").hidden = running === null;
-}
-
-// ---- looking at the server -------------------------------------------------------------------------------------------
-
-async function look() {
-  if (document.hidden) return;
-  try {
-    const seen = await glance(settings.key);
-    const share = seen && `${(100 * seen.cache).toFixed(seen.cache < 0.1 ? 1 : 0)} %`;
-    const long = make("span", "long", seen ? ` · cache ${share}` : "");
-    at("glance").replaceChildren(seen ? `${seen.running} running, ${seen.waiting} waiting` : "", long);
-  } catch {
-    at("glance").textContent = "no connection";
-  }
-}
-
-async function findModel() {
-  try {
-    served = await model(settings.key);
-    at("model").textContent = served.id;
-    document.title = `${served.id} – Rillet`;
-    note("");
-    showNumbers(current.numbers);
-  } catch (error) {
-    served = null;
-    at("model").textContent = "…";
-    const state = await health().catch(() => null);
-    if (state?.status === "loading") {
-      const share = state.total ? ` ${Math.round((100 * state.done) / state.total)} %` : "";
-      note(`The model is loading: ${state.what}${share}`);
-    } else {
-      note(error.message);
-    }
-    setTimeout(findModel, LOOK_AGAIN_MS);
-  }
-}
-
 // ---- wiring ----------------------------------------------------------------------------------------------------------
 
 function grow() {
   const input = at("input");
   input.style.height = "auto";
   input.style.height = `${input.scrollHeight}px`;
-}
-
-function number(id) {
-  const value = at(id).valueAsNumber;
-  return Number.isFinite(value) ? value : null;
-}
-
-function applyTheme() {
-  if (settings.theme) document.documentElement.dataset.theme = settings.theme;
-  else delete document.documentElement.dataset.theme;
 }
 
 at("ask").addEventListener("submit", (event) => {
@@ -302,35 +265,40 @@ at("stop").addEventListener("click", stop);
 at("new").addEventListener("click", () => open(newConversation()));
 at("clear").addEventListener("click", () => {
   if (!confirm("Delete all conversations of this browser?")) return;
+  forgetAll();
   conversations = [];
-  saveConversations(conversations);
   open(newConversation());
 });
 at("open-side").addEventListener("click", () => document.body.classList.add("side"));
 at("close-side").addEventListener("click", () => document.body.classList.remove("side"));
-at("open-settings").addEventListener("click", () => {
-  at("system").value = settings.system;
-  at("temperature").value = settings.temperature ?? "";
-  at("max-tokens").value = settings.maxTokens ?? "";
-  at("key").value = settings.key;
-  at("theme").value = settings.theme;
-  at("settings").showModal();
+addEventListener("pagehide", () => {                     // only what is being written: all else is stored
+  if (running) save(current);
 });
-at("settings").addEventListener("close", () => {
-  Object.assign(settings, {
-    system: at("system").value, temperature: number("temperature"), maxTokens: number("max-tokens"),
-    key: at("key").value.trim(), theme: at("theme").value,
-  });
-  saveSettings(settings);
-  applyTheme();
-  if (!served) findModel();
-  look();
+addEventListener("pageshow", ({ persisted }) => {        // back from the browser's cache, where no news of other tabs come
+  if (persisted) location.reload();
 });
-addEventListener("pagehide", () => saveConversations(conversations));
 
-applyTheme();
+listen(changed, () => {
+  reloadSettings();
+  watchAnew();
+});
+startSettings(watchAnew);
+startWatch({
+  found(served) {
+    at("model").textContent = served.id;
+    document.title = `${served.id} – Rillet`;
+    note("");
+    showNumbers(current.numbers);
+  },
+  said(text) {
+    at("model").textContent = "…";
+    note(text);
+  },
+  glanced(seen, text) {
+    const share = seen && `${(100 * seen.cache).toFixed(seen.cache < 0.1 ? 1 : 0)} %`;
+    const long = make("span", "long", seen ? ` · cache ${share}` : "");
+    at("glance").replaceChildren(seen ? `${seen.running} running, ${seen.waiting} waiting` : text, long);
+  },
+});
 showList();
 showConversation();
-findModel();
-look();
-setInterval(look, GLANCE_MS);

@@ -115,7 +115,7 @@ def test_a_key_is_asked_for_and_taken(window: Browser, roomy_path: Path) -> None
         window.eventually(lambda: "API key" in window.text("#note"), "the note")
         window.click("#open-settings")
         window.write("#key", "sesame")
-        window.click("#settings button")
+        window.click("#done")
         window.eventually(lambda: window.text("#model") == "tiny", "the model's name")
         window.write("#input", "hi")
         window.click("#send")
