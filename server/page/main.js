@@ -3,6 +3,7 @@
 
 import { answer } from "./api.js";
 import { atEnd, busy, button, drop, make, refresh, show, showAll, toEnd } from "./log.js";
+import { inWords, measured } from "./numbers.js";
 import { reloadSettings, settings, startSettings } from "./settings.js";
 import { forget, forgetAll, keep, listen, loadConversations, newConversation } from "./store.js";
 import { turns } from "./turns.js";
@@ -28,7 +29,7 @@ function note(text) {
 function showConversation() {
   showAll(current.messages, again);
   refresh(current.messages, running !== null);
-  showNumbers(current.numbers);
+  showNumbers();
   toEnd();
 }
 
@@ -47,12 +48,8 @@ function showList() {
   at("conversations").replaceChildren(...items);
 }
 
-function showNumbers(numbers) {
-  const words = [], served = servedModel();
-  if (numbers?.rate) words.push(`${numbers.rate.toFixed(1)} tokens/s`);
-  if (numbers?.first) words.push(`first word after ${numbers.first.toFixed(2)} s`);
-  if (numbers?.used && served) words.push(`${Math.max(0, served.max_model_len - numbers.used).toLocaleString("en")} tokens left`);
-  at("numbers").textContent = words.join(" · ");
+function showNumbers() {
+  at("numbers").textContent = inWords(current.numbers, servedModel());
 }
 
 function showRunning() {
@@ -158,7 +155,7 @@ async function write(instead = null) {
       hear(news, message, parts);
       if (news.usage && first) {
         conversation.numbers = measured(news.usage, began, first);
-        if (conversation === current) showNumbers(conversation.numbers);
+        if (conversation === current) showNumbers();
       }
       if (follow && conversation === current) toEnd();
     }
@@ -176,7 +173,7 @@ async function write(instead = null) {
     unanswered(conversation, question, instead, why, failed);
   }
   save(conversation);
-  if (conversation === current) showRunning();
+  showRunning();
   look();
 }
 
@@ -195,12 +192,6 @@ function hear(news, message, parts) {
   }
   if (news.finish === "length") message.note = "The answer was cut: it may not have more tokens.";
   if (news.finish === "abort") message.note = "The server ended this answer.";
-}
-
-function measured(usage, began, first) {
-  const seconds = (performance.now() - first) / 1000;
-  const tokens = usage.completion_tokens - 1;
-  return { rate: tokens > 0 && seconds > 0 ? tokens / seconds : 0, first: (first - began) / 1000, used: usage.total_tokens };
 }
 
 // No word came. An answer that was to be replaced stays. A question that cannot be answered goes back to the input, because
@@ -227,6 +218,7 @@ function unanswered(conversation, question, instead, why, failed) {
 function putBack(text) {
   at("input").value = [text, at("input").value].filter(Boolean).join("\n");
   grow();
+  toEnd();
 }
 
 function stop() {
@@ -288,7 +280,7 @@ startWatch({
     at("model").textContent = served.id;
     document.title = `${served.id} – Rillet`;
     note("");
-    showNumbers(current.numbers);
+    showNumbers();
   },
   said(text) {
     at("model").textContent = "…";
