@@ -4,6 +4,7 @@ That is every dense model whose matrices are quantized, on a machine with byte p
 others (experts, norms behind the branches, dense matrices, layers of unlike attention) go through model.py's own loop.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +91,8 @@ class Fused:
             step[name] = number
         return cls(matrices, norms, biases, head_norms, windows, first, feed.width, step)
 
-    def run(self, ops: Ops, x: Rows, cache: Cache, at: StepShape) -> None:
-        """All layers, on x in place."""
+    def run(self, ops: Ops, x: Rows, cache: Cache, at: StepShape, launching: Callable[[], None]) -> None:
+        """All layers, on x in place. launching: see Model.forward."""
         a = self.attention
         normed = ops.rows("rms_norm", x.tokens, x.values.shape[1])
         qkv = ops.rows("qkv", x.tokens, (a.heads + 2 * a.kv_heads) * a.head_size)
@@ -111,6 +112,7 @@ class Fused:
         step["block_count"], step["rotary_half"] = len(at.blocks), at.cosine.shape[1]
         step["table_rows"], step["table_width"] = at.tables.shape
         step["room"] = min(len(rows.values) for rows in (x, normed, mixed, gated))
+        launching()
         forward(step, ops.workers)
 
     def warm_up(self, ops: Ops) -> None:

@@ -4,7 +4,7 @@ A Model knows spec, weights and cache; it knows neither tickets nor sampling. Wh
 rotations, blocks of queries) is made once, before the loop.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +34,17 @@ class Model:
         self.output = Stack(weights.output.rows, (weights.output,))
         self.fused = Fused.of(spec, weights.layers, self.ops)
 
-    def forward(self, tokens: IntArray, step: StepInput, cache: Cache) -> Rows:
-        """States of all tokens before the last norm, (T, D). tokens: the step's, with no reference left."""
+    def forward(
+        self, tokens: IntArray, step: StepInput, cache: Cache, launching: Callable[[], None] = lambda: None
+    ) -> Rows:
+        """States of all tokens before the last norm, (T, D). tokens: the step's, with no reference left. launching is called
+        when what is left is long and does without Python's lock."""
         ops, shapes = self.ops, self.shapes(step)
         x = ops.embed(tokens, self.weights.embedding, self.spec.hidden_size)                      # (T, D)
         if self.fused is not None:
-            self.fused.run(ops, x, cache, shapes[self.fused.attention.rope])
+            self.fused.run(ops, x, cache, shapes[self.fused.attention.rope], launching)
             return x
+        launching()
         for number, (layer, w) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
             qkv = ops.linear(ops.rms_norm(x, w.attention_norm), w.qkv, "qkv")                     # (T, (H + 2 KV) hs)
             shape = shapes[layer.attention.rope]

@@ -8,6 +8,7 @@ loaded: importing this module must cost nothing.
 import logging
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class CpuBackend:
         self.session: Session | None = None
         self.options = LoadOptions()
         self.steps = 0
+        self._unsaid: tuple[Future[StepOutput], StepOutput] | None = None       # the compute thread's own
         self.closed = False
 
     @property
@@ -103,9 +105,33 @@ class CpuBackend:
 
     def submit(self, step: StepInput) -> Ticket:
         """Queue a step. Its arrays are read until it is waited for; the caller does not change them."""
-        session = self._session()
-        self.steps += 1
-        return CpuTicket(self.steps, self.compute.submit(run_step, session, step))
+        session, number, output = self._session(), self.steps + 1, Future[StepOutput]()
+        queued = self.compute.submit(self._run, session, step, number, output)
+        queued.add_done_callback(lambda run: output.cancel() if run.cancelled() else None)
+        self.steps = number
+        return CpuTicket(number, output)
+
+    def _run(self, session: "Session", step: StepInput, number: int, output: "Future[StepOutput]") -> None:
+        """One step, on the compute thread.
+
+        What a step drew is said when the next one, if it is there, has launched its kernels: whoever hears of it takes
+        Python's lock, and all cores would stand still until the work on a few tokens is done.
+        """
+        try:
+            result = run_step(session, step, self._say)
+        except BaseException as error:
+            self._say()
+            output.set_exception(error)
+        else:
+            self._unsaid = output, result
+            if self.steps <= number:
+                self._say()
+
+    def _say(self) -> None:
+        if self._unsaid is not None:
+            output, result = self._unsaid
+            self._unsaid = None
+            output.set_result(result)
 
     def wait(self, ticket: Ticket) -> StepOutput:
         assert isinstance(ticket, CpuTicket)
@@ -123,6 +149,7 @@ class CpuBackend:
         """Finish the step that runs, drop the rest, free everything."""
         self.closed = True
         self.compute.shutdown(wait=True, cancel_futures=True)
+        self._say()
         self.session = None
 
     def _session(self) -> "Session":
@@ -132,13 +159,13 @@ class CpuBackend:
         return self.session
 
 
-def run_step(session: "Session", step: StepInput) -> StepOutput:
+def run_step(session: "Session", step: StepInput, launching: Callable[[], None]) -> StepOutput:
     """Numba's workqueue, which it takes where there is no OpenMP, ends the process if two threads launch at once."""
     import numba
 
     layer: str = numba.threading_layer()  # type: ignore[attr-defined]
     with LAUNCHES if layer == "workqueue" else nullcontext():
-        return session.run(step)
+        return session.run(step, launching)
 
 
 def start_numba(threads: int) -> int:

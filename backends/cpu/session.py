@@ -3,6 +3,7 @@
 A session runs one step at a time, start to end; the tokens that a step drew stay for the references of the next one.
 """
 
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,12 +85,12 @@ class Session:
         scratch = self.model.ops.nbytes + self.sampler.nbytes
         return MemoryStatistics(self.model.weights.nbytes, self.cache.nbytes, scratch)
 
-    def run(self, step: StepInput) -> StepOutput:
-        """One step, start to end. Raises StepFailed."""
+    def run(self, step: StepInput, launching: Callable[[], None] = lambda: None) -> StepOutput:
+        """One step, start to end. launching: see Model.forward. Raises StepFailed."""
         tokens = resolve(step.tokens, self.newest)
         check(step, tokens, self.spec.vocabulary_size, len(self.cache.keys))
         self.cache.copy(step.copies)
-        states = self.model.forward(tokens, step, self.cache)
+        states = self.model.forward(tokens, step, self.cache, launching)
 
         def logits(at: NDArray[np.intp]) -> FloatArray:
             return self.model.logits(self.model.final_states(states, at))
