@@ -34,6 +34,9 @@ from engine.model.spec import Attention, Dense, Layer, ModelSpec
 __all__ = ["Fused"]
 
 FloatArray = NDArray[np.float32]
+KEPT = (
+    "keys", "values", "x", "normed", "normed_groups", "qkv", "mixed", "mixed_groups", "gated", "gated_groups",
+)  # fmt: skip
 STRIDES = {
     "low": "low_stride", "high": "high_stride", "scale": "scale_stride", "minimum": "minimum_stride", "fine": "fine_stride",
     "fine_minimum": "fine_stride",
@@ -52,6 +55,7 @@ class Fused:
     attention: Attention            # of all layers, but for the window
     width: int                      # of the feed-forward
     step: NDArray[np.void]          # (1,) of STEP: what is the same in every step is filled in
+    kept: list[NDArray[Any]]        # the arrays of the step before that are mostly the same, whose addresses are filled in
 
     @classmethod
     def of(cls, spec: ModelSpec, layers: tuple[LayerWeights, ...], ops: Ops) -> "Fused | None":
@@ -89,7 +93,7 @@ class Fused:
             ("cap", first.soft_cap or 0),
         ):  # fmt: skip
             step[name] = number
-        return cls(matrices, norms, biases, head_norms, windows, first, feed.width, step)
+        return cls(matrices, norms, biases, head_norms, windows, first, feed.width, step, [])
 
     def run(self, ops: Ops, x: Rows, cache: Cache, at: StepShape, launching: Callable[[], None]) -> None:
         """All layers, on x in place. launching: see Model.forward."""
@@ -99,19 +103,19 @@ class Fused:
         mixed = ops.rows("attention", x.tokens, a.heads * a.head_size)
         gated = ops.rows("gated", x.tokens, self.width)
         step = self.step
-        step["attention"] = attention_function().address
-        for name, array in (
-            ("cosine", at.cosine), ("sine", at.sine), ("slots", at.slots), ("blocks", at.blocks), ("tables", at.tables),
-            ("keys", cache.keys), ("values", cache.values), ("x", x.values), ("normed", normed.values),
-            ("normed_groups", normed.groups), ("qkv", qkv.values), ("mixed", mixed.values), ("mixed_groups", mixed.groups),
-            ("gated", gated.values), ("gated_groups", gated.groups),
-        ):  # fmt: skip
-            assert array.flags.c_contiguous, name
-            step[name] = array.ctypes.data
-        step["pages"], step["tokens"] = len(cache.keys), x.tokens
-        step["block_count"], step["rotary_half"] = len(at.blocks), at.cosine.shape[1]
-        step["table_rows"], step["table_width"] = at.tables.shape
-        step["room"] = min(len(rows.values) for rows in (x, normed, mixed, gated))
+        kept = [
+            cache.keys, cache.values, x.values, normed.values, normed.groups, qkv.values, mixed.values, mixed.groups,
+            gated.values, gated.groups,
+        ]  # fmt: skip
+        if len(self.kept) != len(kept) or any(new is not old for new, old in zip(kept, self.kept, strict=True)):
+            assert all(array.flags.c_contiguous for array in kept)
+            for name, array in zip(KEPT, kept, strict=True):
+                step[name] = array.ctypes.data
+            step["attention"], step["pages"] = attention_function().address, len(cache.keys)
+            step["room"] = min(len(rows.values) for rows in (x, normed, mixed, gated))
+            self.kept[:] = kept
+        for name, number in at.described:
+            step[name] = number
         launching()
         forward(step, ops.workers)
 

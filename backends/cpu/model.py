@@ -18,9 +18,10 @@ from engine.errors import UnsupportedModel
 from engine.model.spec import Dense, Layer, Mixture, ModelSpec, Rope
 from engine.step import IntArray, StepInput
 
-__all__ = ["PAGE_TOKENS", "Model", "make_cache", "page_bytes", "refuse_unsupported", "step_shape"]
+__all__ = ["PAGE_TOKENS", "Model", "Shapes", "make_cache", "page_bytes", "refuse_unsupported", "step_shape"]
 
 PAGE_TOKENS = 32
+Shapes = Mapping[Rope, StepShape]
 QUERY_LINES = 32    # lines (queries x heads of a group) that a block of queries aims at
 
 
@@ -35,11 +36,11 @@ class Model:
         self.fused = Fused.of(spec, weights.layers, self.ops)
 
     def forward(
-        self, tokens: IntArray, step: StepInput, cache: Cache, launching: Callable[[], None] = lambda: None
+        self, tokens: IntArray, shapes: Shapes, cache: Cache, launching: Callable[[], None] = lambda: None
     ) -> Rows:
         """States of all tokens before the last norm, (T, D). tokens: the step's, with no reference left. launching is called
         when what is left is long and does without Python's lock."""
-        ops, shapes = self.ops, self.shapes(step)
+        ops = self.ops
         x = ops.embed(tokens, self.weights.embedding, self.spec.hidden_size)                      # (T, D)
         if self.fused is not None:
             self.fused.run(ops, x, cache, shapes[self.fused.attention.rope], launching)
@@ -86,8 +87,8 @@ class Model:
         """(S, V), valid until the next call."""
         return self.ops.linear(states, self.output, "logits").values[: states.tokens]
 
-    def shapes(self, step: StepInput) -> Mapping[Rope, StepShape]:
-        """What the layers of each rope share in this step."""
+    def shapes(self, step: StepInput) -> Shapes:
+        """What the layers of each rope share in this step. It may be asked on any thread."""
         return {rope: step_shape(self.spec, step, rotation) for rope, rotation in self.rotations.items()}
 
     def warm_up(self, step: StepInput, cache: Cache) -> None:

@@ -4,7 +4,7 @@ Rows are the activations of a step: values and, for the quantized kernels, what 
 from a workspace that is kept from step to step and has room for a whole tile of tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,13 +52,24 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """Where a step's tokens stand: rotation, slots and blocks of queries, the same for every layer with the same rope."""
+    """Where a step's tokens stand: rotation, slots and blocks of queries, the same for every layer with the same rope.
+
+    All arrays are contiguous.
+    """
 
     slots: NDArray[np.int64]      # (T,)
     blocks: IntArray              # (blocks, 4), see attention.attend
     tables: IntArray              # (B, W)
     cosine: FloatArray            # (T, rotary_size / 2)
     sine: FloatArray
+    described: tuple[tuple[str, int], ...] = field(init=False)      # the fields of forward.STEP that say this
+
+    def __post_init__(self) -> None:
+        addresses = [(name, getattr(self, name).ctypes.data) for name in ("cosine", "sine", "slots", "blocks", "tables")]
+        assert all(getattr(self, name).flags.c_contiguous for name, _ in addresses)
+        rows, width = self.tables.shape
+        sizes = ("tokens", len(self.slots)), ("block_count", len(self.blocks)), ("table_rows", rows), ("table_width", width)
+        object.__setattr__(self, "described", (*addresses, *sizes, ("rotary_half", self.cosine.shape[1])))
 
 
 class Ops:

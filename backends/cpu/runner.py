@@ -23,7 +23,7 @@ from engine.step import StepInput, StepOutput
 from engine.weights.tensors import TensorSource
 
 if TYPE_CHECKING:
-    from backends.cpu.session import Session
+    from backends.cpu.session import Prepared, Session
 
 __all__ = ["CpuBackend"]
 
@@ -104,14 +104,15 @@ class CpuBackend:
         return pages
 
     def submit(self, step: StepInput) -> Ticket:
-        """Queue a step. Its arrays are read until it is waited for; the caller does not change them."""
+        """Queue a step. Its arrays are read until it is waited for; the caller does not change them. Raises StepFailed."""
         session, number, output = self._session(), self.steps + 1, Future[StepOutput]()
-        queued = self.compute.submit(self._run, session, step, number, output)
+        prepared = session.prepare(step)                  # here, while the compute thread is at the step before
+        queued = self.compute.submit(self._run, session, prepared, number, output)
         queued.add_done_callback(lambda run: output.cancel() if run.cancelled() else None)
         self.steps = number
         return CpuTicket(number, output)
 
-    def _run(self, session: "Session", step: StepInput, number: int, output: "Future[StepOutput]") -> None:
+    def _run(self, session: "Session", step: "Prepared", number: int, output: "Future[StepOutput]") -> None:
         """One step, on the compute thread.
 
         What a step drew is said when the next one, if it is there, has launched its kernels: whoever hears of it takes
@@ -159,7 +160,7 @@ class CpuBackend:
         return self.session
 
 
-def run_step(session: "Session", step: StepInput, launching: Callable[[], None]) -> StepOutput:
+def run_step(session: "Session", step: "Prepared", launching: Callable[[], None]) -> StepOutput:
     """Numba's workqueue, which it takes where there is no OpenMP, ends the process if two threads launch at once."""
     import numba
 

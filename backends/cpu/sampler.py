@@ -14,7 +14,7 @@ from backends.cpu.kernels import sampling, scoring
 from engine.errors import StepFailed
 from engine.step import FloatArray, History, IntArray, StepInput, UintArray
 
-__all__ = ["HEAD_ROWS", "Drawn", "Sampler"]
+__all__ = ["HEAD_ROWS", "Drawn", "Sampler", "is_plain", "resolve"]
 
 HEAD_ROWS = 64    # rows of logits that exist at a time
 
@@ -42,8 +42,10 @@ class Sampler:
     def nbytes(self) -> int:
         return self.scratch.nbytes
 
-    def draw(self, step: StepInput, previous: IntArray, logits: Logits) -> Drawn:
-        """previous: the tokens of the ticket before, which history may refer to."""
+    def draw(self, step: StepInput, previous: IntArray, logits: Logits, *, plain: bool | None = None) -> Drawn:
+        """previous: the tokens of the ticket before, which history may refer to. plain: is_plain(step), if it is known."""
+        if is_plain(step) if plain is None else plain:
+            return largest(step, logits)
         count, most = step.place_count, int(step.top_count.max(initial=-1))
         scored, width = most >= 0, max(0, most)
         drawn = Drawn(
@@ -103,6 +105,7 @@ class Fields(NamedTuple):
     masks: UintArray
 
 
+NO_TOKENS: IntArray = np.zeros(0, np.int32)
 NO_INTS: IntArray = np.zeros(0, np.int32)
 NO_FLOATS: FloatArray = np.zeros(0, np.float32)
 NO_HISTORY: IntArray = np.zeros((0, 3), np.int32)
@@ -111,6 +114,20 @@ NO_HISTORY: IntArray = np.zeros((0, 3), np.int32)
 def is_greedy(step: StepInput) -> bool:
     """Whether every place takes the largest of the model's own logits."""
     return step.history is None and step.bias is None and not len(step.mask_at) and not (step.temperature > 0).any()
+
+
+def is_plain(step: StepInput) -> bool:
+    """Whether every place takes the largest logit, each of another token, and none wants a logprob."""
+    at = step.sample_at
+    return len(at) <= HEAD_ROWS and is_greedy(step) and not (step.top_count >= 0).any() and bool((at[1:] > at[:-1]).all())
+
+
+def largest(step: StepInput, logits: Logits) -> Drawn:
+    """Of a plain step."""
+    count = step.place_count
+    tokens = greedy(logits(step.sample_at.astype(np.intp))) if count else NO_TOKENS
+    none = np.zeros((count, 0), np.int32)
+    return Drawn(tokens, np.full(count, np.nan, np.float32), none, none.view(np.float32))
 
 
 def greedy(logits: FloatArray) -> IntArray:

@@ -4,13 +4,14 @@ A session runs one step at a time, start to end; the tokens that a step drew sta
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backends.cpu.compile import ATTENTION, aside_of, compiling_aside, is_compiled
-from backends.cpu.model import PAGE_TOKENS, Model, make_cache, page_bytes, refuse_unsupported
-from backends.cpu.sampler import Sampler, resolve
+from backends.cpu.model import PAGE_TOKENS, Model, Shapes, make_cache, page_bytes, refuse_unsupported
+from backends.cpu.sampler import Sampler, is_plain, resolve
 from backends.cpu.warm_up import warm_up_step
 from backends.cpu.weights import load_weights
 from engine.backend import LoadOptions, MemoryStatistics, Progress
@@ -19,7 +20,7 @@ from engine.model.spec import ModelSpec
 from engine.step import FloatArray, IntArray, StepInput, StepOutput
 from engine.weights.tensors import TensorSource
 
-__all__ = ["Session"]
+__all__ = ["Prepared", "Session"]
 
 NO_TOKENS: IntArray = np.zeros(0, np.int32)
 NO_STATES: FloatArray = np.zeros((0, 0), np.float32)
@@ -62,7 +63,7 @@ class Session:
     def warm_up(self) -> None:
         """Run steps of one and of two tokens, so that every kernel is compiled, or read from Numba's cache."""
         for tokens in (1, 2):
-            self.run(warm_up_step(tokens))
+            self.run(self.prepare(warm_up_step(tokens)))
         self.newest = NO_TOKENS
 
     @property
@@ -85,17 +86,23 @@ class Session:
         scratch = self.model.ops.nbytes + self.sampler.nbytes
         return MemoryStatistics(self.model.weights.nbytes, self.cache.nbytes, scratch)
 
-    def run(self, step: StepInput, launching: Callable[[], None] = lambda: None) -> StepOutput:
+    def prepare(self, step: StepInput) -> "Prepared":
+        """What can be said of a step before the one before it has ended; on any thread. Raises StepFailed."""
+        check(step, len(self.cache.keys))
+        return Prepared(step, self.model.shapes(step), is_plain(step))
+
+    def run(self, prepared: "Prepared", launching: Callable[[], None] = lambda: None) -> StepOutput:
         """One step, start to end. launching: see Model.forward. Raises StepFailed."""
+        step = prepared.step
         tokens = resolve(step.tokens, self.newest)
-        check(step, tokens, self.spec.vocabulary_size, len(self.cache.keys))
+        refuse_outside("token", tokens, self.spec.vocabulary_size)
         self.cache.copy(step.copies)
-        states = self.model.forward(tokens, step, self.cache, launching)
+        states = self.model.forward(tokens, prepared.shapes, self.cache, launching)
 
         def logits(at: NDArray[np.intp]) -> FloatArray:
             return self.model.logits(self.model.final_states(states, at))
 
-        drawn = self.sampler.draw(step, self.newest, logits)
+        drawn = self.sampler.draw(step, self.newest, logits, plain=prepared.plain)
         self.newest = drawn.tokens
         hidden = NO_STATES
         if len(wanted := step.hidden_at.astype(np.intp)):
@@ -103,16 +110,28 @@ class Session:
         return StepOutput(drawn.tokens, drawn.logprobs, drawn.top_ids, drawn.top_logprobs, hidden)
 
 
-def check(step: StepInput, tokens: IntArray, vocabulary: int, pages: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A step of which only the tokens are not known. plain: see sampler.is_plain."""
+
+    step: StepInput
+    shapes: Shapes
+    plain: bool
+
+
+def check(step: StepInput, pages: int) -> None:
     """Refuse indices that would read or write outside of the arrays: compiled kernels do not look."""
     for what, values, bound in (
-        ("token", tokens, vocabulary),
         ("slot", step.slots, pages * PAGE_TOKENS),
         ("page", step.page_tables, pages),
         ("page to copy", step.copies, pages),
-        ("index in sample_at", step.sample_at, len(tokens)),
-        ("index in hidden_at", step.hidden_at, len(tokens)),
+        ("index in sample_at", step.sample_at, len(step.tokens)),
+        ("index in hidden_at", step.hidden_at, len(step.tokens)),
     ):
-        if values.size and (values.min() < 0 or values.max() >= bound):
-            worst = values.min() if values.min() < 0 else values.max()
-            raise StepFailed(f"{what} {worst} of a step is not in 0 .. {bound - 1}: this is a bug in the scheduler")
+        refuse_outside(what, values, bound)
+
+
+def refuse_outside(what: str, values: IntArray, bound: int) -> None:
+    if values.size and (values.min() < 0 or values.max() >= bound):
+        worst = values.min() if values.min() < 0 else values.max()
+        raise StepFailed(f"{what} {worst} of a step is not in 0 .. {bound - 1}: this is a bug in the scheduler")

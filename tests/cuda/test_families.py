@@ -27,7 +27,7 @@ def logits_of_cpu(backend: CpuBackend, step) -> np.ndarray:
     session = backend.session
 
     def run() -> np.ndarray:
-        states = session.model.forward(step.tokens, step, session.cache)
+        states = session.model.forward(step.tokens, session.model.shapes(step), session.cache)
         return session.model.logits(session.model.final_states(states, step.sample_at.astype(np.intp))).copy()
 
     return backend.compute.submit(run).result()

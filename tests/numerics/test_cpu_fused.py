@@ -81,7 +81,7 @@ def test_one_call_gives_the_bits_of_the_loop(kind: str, make_step) -> None:
         found = []
         for cache, way in zip(caches, (fused, None), strict=True):
             model.fused = way
-            found.append(model.forward(step.tokens, step, cache).values[: len(step.tokens)].copy())
+            found.append(model.forward(step.tokens, model.shapes(step), cache).values[: len(step.tokens)].copy())
         np.testing.assert_array_equal(found[0], found[1])
         assert np.abs(found[0]).max() > 0.1
     np.testing.assert_array_equal(caches[0].keys, caches[1].keys)

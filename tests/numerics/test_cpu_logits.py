@@ -11,7 +11,7 @@ def logits(backend: CpuBackend, make_step) -> np.ndarray:
     assert session is not None
 
     def run() -> np.ndarray:
-        states = session.model.forward(step.tokens, step, session.cache)
+        states = session.model.forward(step.tokens, session.model.shapes(step), session.cache)
         return session.model.logits(session.model.final_states(states, np.arange(len(tokens)))).copy()
 
     return backend.compute.submit(run).result()

@@ -72,9 +72,11 @@ def test_a_step_with_none_behind_it_is_said_at_once(backend) -> None:
 
 def test_a_step_that_fails_before_its_kernels_says_the_one_before_it(backend, held) -> None:
     first, second = steps()
-    good, bad = backend.submit(first), backend.submit(replace(second, slots=np.array([1 << 20], np.int32)))
-    held.set()
     with pytest.raises(StepFailed, match="slot 1048576"):
+        backend.submit(replace(second, slots=np.array([1 << 20], np.int32)))
+    good, bad = backend.submit(first), backend.submit(replace(second, tokens=np.array([-9], np.int32)))
+    held.set()
+    with pytest.raises(StepFailed, match="refers to place 8 of a step that drew 1"):
         backend.wait(bad)
     assert len(backend.wait(good).tokens) == 1
 

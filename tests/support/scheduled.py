@@ -65,7 +65,7 @@ class Scheduled:
         step, session = build_step([(tokens, 0, list(range(16)))]), backend.session
 
         def run() -> np.ndarray:
-            states = session.model.forward(step.tokens, step, session.cache)
+            states = session.model.forward(step.tokens, session.model.shapes(step), session.cache)
             return session.model.logits(session.model.final_states(states, np.arange(len(tokens)))).copy()
 
         logits = backend.compute.submit(run).result().astype(np.float64)

@@ -63,29 +63,40 @@ def weigh(scores: Floats, line: int, low: int, high: int, cap: np.float32, top: 
 @inner
 def tile_of_page(
     q: Floats, line: int, keys: Floats, values: Floats, page: int, layer: int, head: int, scores: Floats, out: Floats,
-    lows: Longs, highs: Longs, cap: np.float32, top: Floats, mass: Floats, lines: int,
+    lows: Longs, highs: Longs, cap: np.float32, top: Floats, mass: Floats, lines: int, ahead: int,
 ) -> None:  # fmt: skip
-    """What a page adds to a tile of lines; each sees the keys lows <= j < highs of it."""
+    """What a page adds to a tile of lines; each sees the keys lows <= j < highs of it. ahead: address of the keys that come
+    next."""
     size = q.shape[1]
     wide = lines - line > NARROW
     stop = line + (TILE if wide else NARROW)
     q_at, key_at = np.int64(q[line].ctypes.data), np.int64(keys[page, layer, head].ctypes.data)
     scores_at = np.int64(scores[line].ctypes.data)
-    if wide:
-        score_tile(TILE, q_at, key_at, size, scores_at)
+    value_at, out_at = np.int64(values[page, layer, head].ctypes.data), np.int64(out[line].ctypes.data)
+    if line > 0:                                     # the first tile has brought the page
+        if wide:
+            score_tile(TILE, 0, q_at, key_at, size, scores_at, value_at)
+        else:
+            score_tile(NARROW, 0, q_at, key_at, size, scores_at, value_at)
+    elif wide:
+        score_tile(TILE, 1, q_at, key_at, size, scores_at, value_at)
     else:
-        score_tile(NARROW, q_at, key_at, size, scores_at)
+        score_tile(NARROW, 1, q_at, key_at, size, scores_at, value_at)
     for i in range(line, stop):
         if i < lines and lows[i] < highs[i]:
             weigh(scores, i, lows[i], highs[i], cap, top, mass, out)
         else:
             for j in range(LANES):
                 scores[i, j] = ZERO
-    value_at, out_at = np.int64(values[page, layer, head].ctypes.data), np.int64(out[line].ctypes.data)
-    if wide:
-        value_tile(TILE, scores_at, value_at, size, out_at)
+    if line > 0:
+        if wide:
+            value_tile(TILE, 0, scores_at, value_at, size, out_at, ahead)
+        else:
+            value_tile(NARROW, 0, scores_at, value_at, size, out_at, ahead)
+    elif wide:
+        value_tile(TILE, 1, scores_at, value_at, size, out_at, ahead)
     else:
-        value_tile(NARROW, scores_at, value_at, size, out_at)
+        value_tile(NARROW, 1, scores_at, value_at, size, out_at, ahead)
     for i in range(line, stop):
         for c in range(size // WIDTH * WIDTH, size):     # what does not fill a vector
             total = out[i, c]
@@ -106,6 +117,10 @@ def segment_of(
     clear(state)
     for number in range(first_page, last_page + 1):
         page = signed(table[number])
+        following, its_head = page, min(head + 1, keys.shape[2] - 1)       # most probably the next task's
+        if number < last_page:
+            following, its_head = signed(table[number + 1]), head
+        ahead = signed(keys[following, layer, its_head].ctypes.data)
         start = number * LANES
         for i in range(lines):
             limit = first_limit + i // group
@@ -114,7 +129,7 @@ def segment_of(
         for line in range(0, lines, TILE):
             if first_limit + min(lines - 1, line + TILE - 1) // group > start:      # else no line of the tile sees the page
                 tile_of_page(
-                    q, line, keys, values, page, layer, head, scores, out, lows, highs, cap, top, mass, lines
+                    q, line, keys, values, page, layer, head, scores, out, lows, highs, cap, top, mass, lines, ahead
                 )  # fmt: skip
 
 
