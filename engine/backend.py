@@ -17,6 +17,7 @@ from engine.weights.tensors import TensorSource
 __all__ = [
     "Backend",
     "BackendInfo",
+    "CallingTicket",
     "LoadOptions",
     "MemoryStatistics",
     "Progress",
@@ -48,6 +49,7 @@ class BackendInfo:
     max_num_seqs: int                    # the default of --max-num-seqs here
     supports: frozenset[str]
     native: bool = True                  # False: without the device that it is for, which "auto" passes by
+    calls_back: bool = False             # True: submit only queues, and tickets are CallingTickets
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +83,17 @@ class Ticket(Protocol):
     def number(self) -> int: ...
 
 
+class CallingTicket(Ticket, Protocol):
+    """One of a backend whose info says calls_back."""
+
+    def when_done(self, function: Callable[[], object]) -> None:
+        """Call the function, on any thread, as soon as wait() would return at once."""
+        ...
+
+
 class Backend(Protocol):
-    """One device, or one tensor-parallel group, that runs steps. Every call comes from one device thread."""
+    """One device, or one tensor-parallel group, that runs steps. Every call comes from one device thread; of a backend that
+    calls back submit and wait may come from the event loop's too, never two calls at a time."""
 
     @property
     def info(self) -> BackendInfo: ...

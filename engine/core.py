@@ -1,7 +1,8 @@
 """The loop: plan k + 1, submit k + 1, wait k, deliver k. While the device runs a step, the one after it is already queued.
 
-The device thread makes every call to the backend; the event loop does everything else. One hop between them per step. When
-the device thread fails, the engine is dead and says so to everybody: no stream waits for ever.
+The device thread makes every call to the backend that may take time; the event loop does everything else. One hop between
+them per step, or none where the backend calls back from a thread of its own. When the device fails, the engine is dead and
+says so to everybody: no stream waits for ever.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from typing import Any, TypeVar, cast
 import anyio
 from anyio.lowlevel import current_token
 
-from engine.backend import Backend, Ticket
+from engine.backend import Backend, CallingTicket, Ticket
 from engine.errors import BackendError, EngineClosed, Overloaded, RilletError, StepFailed
 from engine.latencies import Latencies
 from engine.metrics import Metrics
@@ -38,6 +39,19 @@ def loop_caller() -> Callable[[Callable[[], object]], object]:
     native: Any = current_token().native_token
     call_soon = native.call_soon_threadsafe if isinstance(native, asyncio.AbstractEventLoop) else native.run_sync_soon
     return cast(Callable[[Callable[[], object]], object], call_soon)
+
+
+def from_any_thread(function: Callable[[], object]) -> Callable[[], None]:
+    """What has the running event loop call the function; it never raises."""
+    on_loop = loop_caller()
+
+    def tell() -> None:
+        try:
+            on_loop(function)
+        except RuntimeError:                              # the loop is gone; nobody waits any more
+            log.debug("a device call ended after its event loop")
+
+    return tell
 
 
 class DeviceThread:
@@ -62,16 +76,13 @@ class DeviceThread:
 
     async def call(self, function: Callable[..., T], *arguments: object) -> T:
         """Run function(*arguments) on the thread. If the caller is cancelled the call still runs to its end there."""
-        on_loop = loop_caller()
         done = anyio.Event()
+        tell = from_any_thread(done.set)
         outcome: list[object] = []
 
         def report(result: object, error: BaseException | None) -> None:
             outcome.extend((result, error))
-            try:
-                on_loop(done.set)
-            except RuntimeError:                          # the loop is gone; nobody waits any more
-                log.debug("a device call ended after its event loop")
+            tell()
 
         self._jobs.put((lambda: function(*arguments), report))
         await done.wait()
@@ -103,6 +114,7 @@ class Core:
         self.died = anyio.Event()                         # set with failure
         self.closing = False
         self._backend = backend
+        self._calls_back = backend.info.calls_back
         self._device = device
         self._most = most                                 # sequences waiting or running
         self._lookahead = lookahead
@@ -206,7 +218,7 @@ class Core:
             began = began if flying is not None else monotonic()
             if plan is not None:
                 self._latencies.observe_start(plan, monotonic())
-            ticket, output = await self._device.call(self._turn, plan, flying and flying[1])
+            ticket, output = await self._step(plan, flying and flying[1])
             if flying is not None and output is not None:
                 now = monotonic()
                 self._pace.observe(*_tokens_of(flying[0]), now - began)
@@ -216,6 +228,18 @@ class Core:
             flying = (plan, ticket) if plan is not None and ticket is not None else None
         self._audit()
         self._idle.set()
+
+    async def _step(self, plan: Plan | None, previous: Ticket | None) -> tuple[Ticket | None, StepOutput | None]:
+        """Queue the next step, then wait for the one before it: on the device thread, if anything of it may take time."""
+        if not self._calls_back or (plan is not None and len(plan.masks.at)):
+            return await self._device.call(self._turn, plan, previous)
+        ticket = None if plan is None else self._backend.submit(plan.step)
+        if previous is None:
+            return ticket, None
+        done = anyio.Event()
+        cast(CallingTicket, previous).when_done(from_any_thread(done.set))
+        await done.wait()
+        return ticket, self._backend.wait(previous)
 
     def _turn(self, plan: Plan | None, previous: Ticket | None) -> tuple[Ticket | None, StepOutput | None]:
         """On the device thread: queue the next step, then wait for the one before it."""

@@ -48,6 +48,9 @@ class CpuTicket:
     number: int
     output: "Future[StepOutput]"
 
+    def when_done(self, function: Callable[[], object]) -> None:
+        self.output.add_done_callback(lambda output: function())
+
 
 class CpuBackend:
     """engine.backend.Backend on NumPy and Numba."""
@@ -71,6 +74,7 @@ class CpuBackend:
             max_places=MAX_PLACES,
             max_num_seqs=MAX_NUM_SEQS,
             supports=SUPPORTS,
+            calls_back=True,
         )
 
     def load(self, spec: ModelSpec, tensors: TensorSource, options: LoadOptions, progress: Progress) -> None:
