@@ -16,6 +16,7 @@ from engine.step import Bias, FloatArray, History, IntArray, StepInput, UintArra
 
 __all__ = ["Draft", "Lanes", "Plan", "Row"]
 
+Wishes = tuple[FloatArray, IntArray, UintArray, IntArray]  # see Lanes; the last one: the tokens to be scored
 LEAST = 1e-6                                              # a colder draw is greedy: float32 could not divide by it
 
 
@@ -118,10 +119,12 @@ class Lanes:
         self._numbers = np.zeros((6, count), np.float32)    # temperature top_p min_p repetition frequency presence
         self._wholes = np.zeros((3, count), np.int32)       # top_k choice top_count
         self._seeds = np.zeros((count, 2), np.uint32)
+        self._wished: tuple[list[int], Wishes] | None = None
 
     def enter(self, sequence: Sequence) -> None:
         """Give the sequence a lane and write down its pages and wishes."""
         params, seed = sequence.request.params, sequence.request.seed
+        self._wished = None
         lane = sequence.lane = self.free.pop()
         temperature, top_p = params.temperature or 0.0, params.top_p or 1.0
         self._numbers[:, lane] = (
@@ -154,13 +157,15 @@ class Lanes:
         row_starts = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(counts, out=row_starts[1:])
         kv_lengths = starts + counts
-        positions = np.arange(len(draft.tokens), dtype=np.int32)
-        positions += np.repeat(starts - row_starts[:-1], counts)
+        row_of = lanes                                        # of each token
+        positions = starts
+        if len(draft.tokens) > len(rows):
+            row_of = np.repeat(lanes, counts)
+            positions = np.arange(len(draft.tokens), dtype=np.int32)
+            positions += np.repeat(starts - row_starts[:-1], counts)
         tables = self._tables[lanes, : -(-int(kv_lengths.max()) // page_tokens)]
-        slots = self._tables[np.repeat(lanes, counts), positions // page_tokens] * page_tokens + positions % page_tokens
-        drawing = np.fromiter((sequence.lane for sequence in draws), np.intp, len(draws))
-        numbers, wholes, seeds = self._numbers[:, drawing], self._wholes[:, drawing], self._seeds[drawing]
-        score = np.full(len(draws), -1, np.int32)
+        slots = self._tables[row_of, positions // page_tokens] * page_tokens + positions % page_tokens
+        numbers, wholes, seeds, score = self._wishes(draws)
         if draft.scores:
             numbers, wholes, seeds, score = _with_scores(numbers, wholes, seeds, score, draft.scores)
         sample_at = np.array(draft.draw_at + draft.score_at, np.int32)
@@ -193,9 +198,19 @@ class Lanes:
         )
 
 
+    def _wishes(self, draws: list[Sequence]) -> Wishes:
+        """The drawing sequences' parameters: those of the step before, while the same ones draw in the same order."""
+        lanes = [sequence.lane for sequence in draws]
+        if self._wished is None or self._wished[0] != lanes:
+            drawing = np.array(lanes, np.intp)
+            numbers, wholes, seeds = self._numbers[:, drawing], self._wholes[:, drawing], self._seeds[drawing]
+            self._wished = lanes, (numbers, wholes, seeds, np.full(len(draws), -1, np.int32))
+        return self._wished[1]
+
+
 def _with_scores(
     numbers: FloatArray, wholes: IntArray, seeds: UintArray, score: IntArray, scores: list[tuple[Sequence, int]]
-) -> tuple[FloatArray, IntArray, UintArray, IntArray]:
+) -> Wishes:
     """The drawing places' parameters followed by those of scoring places, where what is drawn does not matter: greedy."""
     n = len(scores)
     off = np.repeat(np.array([[0], [1], [0], [1], [0], [0]], np.float32), n, axis=1)

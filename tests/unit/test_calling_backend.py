@@ -1,4 +1,4 @@
-"""A backend that calls back: the event loop submits and waits by itself, but for steps with grammars; nothing else differs."""
+"""A backend that calls back: the event loop submits and waits by itself, but for steps with grammars."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
