@@ -114,7 +114,7 @@ class Core:
         self.died = anyio.Event()                         # set with failure
         self.closing = False
         self._backend = backend
-        self._calls_back = backend.info.calls_back
+        self.calls_back = backend.info.calls_back
         self._device = device
         self._most = most                                 # sequences waiting or running
         self._lookahead = lookahead
@@ -231,7 +231,7 @@ class Core:
 
     async def _step(self, plan: Plan | None, previous: Ticket | None) -> tuple[Ticket | None, StepOutput | None]:
         """Queue the next step, then wait for the one before it: on the device thread, if anything of it may take time."""
-        if not self._calls_back or (plan is not None and len(plan.masks.at)):
+        if not self.calls_back or (plan is not None and len(plan.masks.at)):
             return await self._device.call(self._turn, plan, previous)
         ticket = None if plan is None else self._backend.submit(plan.step)
         if previous is None:

@@ -8,9 +8,10 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 from engine import cli
-from engine.backend import Ticket
+from engine.backend import CallingTicket, Ticket
 from engine.core import Core
 from engine.packing import Plan
 from engine.step import StepOutput
@@ -19,20 +20,32 @@ __all__ = ["main"]
 
 
 class Stamps:
-    """Times by request, taken where a step's wait returns."""
+    """Times by request, taken where a step's wait returns or its backend calls back."""
 
     def __init__(self) -> None:
         self.drawn: dict[int, list[float]] = {}
         self.returned: dict[int, float] = {}             # id of an output -> when the device gave it
 
     def install(self) -> None:
-        turn, deliver = Core._turn, Core._deliver
+        turn, step, deliver = Core._turn, Core._step, Core._deliver
 
         def stamped_turn(
             core: Core, plan: Plan | None, previous: Ticket | None
         ) -> tuple[Ticket | None, StepOutput | None]:
             ticket, output = turn(core, plan, previous)
-            self.returned[id(output)] = time.perf_counter()
+            if output is not None:
+                self.returned[id(output)] = time.perf_counter()
+            return ticket, output
+
+        async def stamped_step(
+            core: Core, plan: Plan | None, previous: Ticket | None
+        ) -> tuple[Ticket | None, StepOutput | None]:
+            called: list[float] = []
+            if previous is not None and core.calls_back:
+                cast(CallingTicket, previous).when_done(lambda: called.append(time.perf_counter()))
+            ticket, output = await step(core, plan, previous)
+            if output is not None and called:
+                self.returned.setdefault(id(output), called[0])
             return ticket, output
 
         def stamped_deliver(core: Core, plan: Plan, output: StepOutput) -> None:
@@ -41,7 +54,7 @@ class Stamps:
                 self.drawn.setdefault(sequence.tokens[0], []).append(when)
             deliver(core, plan, output)
 
-        Core._turn, Core._deliver = stamped_turn, stamped_deliver      # type: ignore[method-assign, assignment]
+        Core._turn, Core._step, Core._deliver = stamped_turn, stamped_step, stamped_deliver      # type: ignore
 
 
 def main(arguments: list[str]) -> int:
