@@ -11,7 +11,7 @@ from math import inf
 __all__ = ["Pace"]
 
 CROWD = 8           # prompts that count
-BEARABLE_S = 0.045  # of a step
+BEARABLE_S = 0.035  # of a step
 SHARE = 0.25        # of a new measurement in what is known
 OUTLIER = 1.5       # times what is known: more is not believed at once
 LEAST = 4           # tokens: a prompt goes on, whatever it costs the others
