@@ -128,6 +128,7 @@ class CpuBackend:
             self._say()
             output.set_exception(error)
         else:
+            self._say()                                   # a step without kernels has not said it
             self._unsaid = output, result
             if self.steps <= number:
                 self._say()
