@@ -108,15 +108,18 @@ class CpuBackend:
         return pages
 
     def submit(self, step: StepInput) -> Ticket:
-        """Queue a step. Its arrays are read until it is waited for; the caller does not change them. Raises StepFailed."""
+        """Queue a step. Its arrays are read until it is waited for; the caller does not change them."""
         session, number, output = self._session(), self.steps + 1, Future[StepOutput]()
-        prepared = session.prepare(step)                  # here, while the compute thread is at the step before
+        try:
+            prepared: Prepared | StepFailed = session.prepare(step)     # while the compute thread is at the step before
+        except StepFailed as error:
+            prepared = error                              # wait() will say it
         queued = self.compute.submit(self._run, session, prepared, number, output)
         queued.add_done_callback(lambda run: output.cancel() if run.cancelled() else None)
         self.steps = number
         return CpuTicket(number, output)
 
-    def _run(self, session: "Session", step: "Prepared", number: int, output: "Future[StepOutput]") -> None:
+    def _run(self, session: "Session", step: "Prepared | StepFailed", number: int, output: "Future[StepOutput]") -> None:
         """One step, on the compute thread.
 
         What a step drew is said when the next one, if it is there, has launched its kernels: whoever hears of it takes
@@ -165,8 +168,10 @@ class CpuBackend:
         return self.session
 
 
-def run_step(session: "Session", step: "Prepared", launching: Callable[[], None]) -> StepOutput:
+def run_step(session: "Session", step: "Prepared | StepFailed", launching: Callable[[], None]) -> StepOutput:
     """Numba's workqueue, which it takes where there is no OpenMP, ends the process if two threads launch at once."""
+    if isinstance(step, StepFailed):
+        raise step
     import numba
 
     layer: str = numba.threading_layer()  # type: ignore[attr-defined]

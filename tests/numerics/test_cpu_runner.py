@@ -70,13 +70,14 @@ def test_a_step_with_none_behind_it_is_said_at_once(backend) -> None:
     assert backend.submit(first).output.result(PATIENCE_S).tokens.shape == (1,)
 
 
-def test_a_step_that_fails_before_its_kernels_says_the_one_before_it(backend, held) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "words"), [("slots", 1 << 20, "slot 1048576"), ("tokens", -9, "place 8 of a step that drew 1")]
+)
+def test_a_step_that_fails_before_its_kernels_says_the_one_before_it(backend, held, field, value, words) -> None:
     first, second = steps()
-    with pytest.raises(StepFailed, match="slot 1048576"):
-        backend.submit(replace(second, slots=np.array([1 << 20], np.int32)))
-    good, bad = backend.submit(first), backend.submit(replace(second, tokens=np.array([-9], np.int32)))
+    good, bad = backend.submit(first), backend.submit(replace(second, **{field: np.array([value], np.int32)}))
     held.set()
-    with pytest.raises(StepFailed, match="refers to place 8 of a step that drew 1"):
+    with pytest.raises(StepFailed, match=words):
         backend.wait(bad)
     assert len(backend.wait(good).tokens) == 1
 
